@@ -1,0 +1,3 @@
+"""Preference optimization by contrastive divergence, in JAX."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,40 @@
+"""Test set-up: CPU, eight simulated devices, where the shared files lie."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "xla_force_host_platform_device_count" not in os.environ.get(
+    "XLA_FLAGS", ""
+):
+  os.environ["XLA_FLAGS"] = (
+      os.environ.get("XLA_FLAGS", "")
+      + " --xla_force_host_platform_device_count=8"
+  )
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = pathlib.Path(
+    os.environ.get("MCPO_SHARED", ROOT.parent / "shared")
+).resolve()
+
+
+@pytest.fixture(scope="session")
+def shared() -> pathlib.Path:
+  """The folder of real data and tokenizers; a skip with a reason without it."""
+  if not (SHARED / "data").is_dir():
+    pytest.skip(f"needs the shared data folder, not found at {SHARED}")
+  return SHARED
+
+
+@pytest.fixture
+def x64():
+  """Runs a test in float64."""
+  with jax.enable_x64(True):
+    yield
