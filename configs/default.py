@@ -1,0 +1,279 @@
+"""Every setting, its default, its unit and its meaning.
+
+A config is this one with a few lines changed; on the command line any field
+is set by `--config.group.field=value`. None means "off" or "decided by
+something else", and the comment says which.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+
+def _optimizer() -> ml_collections.ConfigDict:
+  """The settings of one optimizer; a stage has its own."""
+  optimizer = ml_collections.ConfigDict()
+  # Update rule, by its name in optax: "adamw".
+  optimizer.name = "adamw"
+  # Largest learning rate, reached at the end of the warm-up.
+  optimizer.learning_rate = 3e-4
+  # After the warm-up: "cosine" or "linear" (both down to 0), or "constant".
+  optimizer.schedule = "cosine"
+  # Share of the stage's steps in which the learning rate rises from 0.
+  optimizer.warmup_ratio = 0.1
+  # Decoupled weight decay, on matrices only.
+  optimizer.weight_decay = 0.0
+  # Decay of the first moment, in [0, 1).
+  optimizer.b1 = 0.9
+  # Decay of the second moment, in [0, 1).
+  optimizer.b2 = 0.999
+  # Added to the root of the second moment.
+  optimizer.eps = 1e-8
+  # Gradients with a larger global norm are scaled down to it.
+  optimizer.max_grad_norm = 1.0
+  return optimizer
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the locked default config."""
+  config = ml_collections.ConfigDict()
+  # Seed of every random draw: weights, data order, kernel, sampling.
+  config.seed = 0
+  # What to run, in this order: any of "sft", "preference", "evaluate", "export".
+  config.stages = ("sft", "preference", "evaluate", "export")
+  # Updates of the preference stage. Exactly one of num_steps and num_epochs.
+  config.num_steps = config_dict.placeholder(int)
+  # Passes over data.path in the preference stage. None: num_steps decides.
+  config.num_epochs = config_dict.placeholder(float)
+  # Prompts per update, over all devices and hosts.
+  config.batch_size = 16
+  # Folder of the tokenised data and the reference log-probs, which runs share.
+  # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax.
+  config.cache_dir = config_dict.placeholder(str)
+
+  # --- Tokenizer ------------------------------------------------------------
+  tokenizer = config.tokenizer = ml_collections.ConfigDict()
+  # Folder or hub name of a Hugging Face tokenizer. None: the one of model.path,
+  # or without model.path a byte-level BPE trained on the data.
+  tokenizer.path = config_dict.placeholder(str)
+  # Tokens of a BPE that is trained here. Without effect on one that is loaded.
+  tokenizer.vocab_size = 800
+  # Jinja text, or a file with it, instead of the tokenizer's own template.
+  # None: the tokenizer's own.
+  tokenizer.chat_template = config_dict.placeholder(str)
+  # JSON object of further variables of the template,
+  # such as '{"enable_thinking": false}'. None: no further variables.
+  tokenizer.chat_template_kwargs = config_dict.placeholder(str)
+  # What a template is told is today (YYYY-MM-DD), so that runs do not drift.
+  tokenizer.date = "2026-01-01"
+
+  # --- Proposal: the law the candidates were drawn from ----------------------
+  proposal = config.proposal = ml_collections.ConfigDict()
+  # Add log mu - log q to every candidate; needs log-probs of the law drawn from.
+  proposal.correction = False
+
+  # --- Model ------------------------------------------------------------------
+  model = config.model = ml_collections.ConfigDict()
+  # Folder or hub name of Hugging Face weights; the architecture comes from
+  # there. None: random weights of the shape given below.
+  model.path = config_dict.placeholder(str)
+  # Branch, tag or commit of a hub name; resolved once to a commit hash.
+  # None: the main branch.
+  model.revision = config_dict.placeholder(str)
+  # Architecture without model.path: "llama", "mistral", "qwen2", "qwen3",
+  # "gemma2" or "gemma3_text".
+  model.family = "llama"
+  # Width of the residual stream.
+  model.hidden_size = 128
+  # Decoder layers.
+  model.num_layers = 3
+  # Query heads.
+  model.num_heads = 4
+  # Key and value heads; divides num_heads.
+  model.num_kv_heads = 2
+  # Width of a head. None: hidden_size / num_heads.
+  model.head_dim = config_dict.placeholder(int)
+  # Width of the gated feed-forward layer.
+  model.intermediate_size = 384
+  # Longest sequence, in tokens.
+  model.max_position_embeddings = 512
+  # Base of the rotary frequencies.
+  model.rope_theta = 10000.0
+  # One matrix for the input embedding and the output head.
+  model.tie_embeddings = True
+  # Of the weights and the optimizer's moments: "float32" or "bfloat16".
+  model.param_dtype = "float32"
+  # Of the matrix products; log-probs and losses are float32 either way.
+  model.compute_dtype = "float32"
+  # Recompute in the backward pass: "none", "dots" (all but matrix products)
+  # or "full" (whole layers).
+  model.remat = "none"
+
+  # --- Data of the preference stage ---------------------------------------------
+  data = config.data = ml_collections.ConfigDict()
+  # Training records: a file (.jsonl, .jsonl.gz, .parquet), a folder, the name
+  # of a `datasets` set, or "quickstart:train". Required by the stage.
+  data.path = config_dict.placeholder(str)
+  # Records of prompts that are never trained on. None: eval_fraction of path.
+  data.eval_path = config_dict.placeholder(str)
+  # Without eval_path: share of the prompts of path, and of sft.data_path, that
+  # is held out. A hash of prompt_id decides, so that both files hold out the
+  # same prompts, and no row of a held-out prompt is trained on by any stage.
+  data.eval_fraction = 0.0
+  # Layout of path: "auto", "kwise", "pairs", "nectar", "ultrafeedback",
+  # "rewards", "nemo", "hh", "unpaired" or "sft".
+  data.format = "auto"
+  # Layout of eval_path, likewise.
+  data.eval_format = "auto"
+  # Branch, tag or commit of a hub name in path and eval_path. None: main.
+  data.revision = config_dict.placeholder(str)
+  # Which candidate is the preferred one: "best" by score, "top_k" (drawn among
+  # the top_k best at every visit), or "index" (the record's own).
+  data.preferred = "best"
+  # Size of the draw if preferred is "top_k". None: without effect.
+  data.top_k = config_dict.placeholder(int)
+  # Prompt tokens, template included.
+  data.max_prompt_length = 128
+  # Completion tokens, EOS included.
+  data.max_completion_length = 256
+  # A longer prompt: "error", "skip" (counted), "left" or "right" (cut there).
+  data.prompt_overlength = "error"
+  # A longer completion: "error", "skip" (counted) or "truncate" (no EOS then).
+  data.completion_overlength = "truncate"
+  # Reasoning before the answer: "keep", "strip" or "mask" (seen, not scored).
+  data.think = "keep"
+  # Set bad rows aside in quarantine.jsonl instead of stopping at them.
+  data.quarantine = False
+  # Share of quarantined rows above which the run stops all the same.
+  data.max_quarantined_share = 0.001
+  # Token slots of one packed stream; holds a longest prompt and completion.
+  data.stream_length = 512
+  # Streams of one chunk, over all devices. A batch is cut into as many chunks
+  # of num_streams x stream_length as it needs.
+  data.num_streams = 8
+
+  # --- Objective --------------------------------------------------------------
+  objective = config.objective = ml_collections.ConfigDict()
+  # The loss: "mcpo", "rnce", "cd", "dpo", "ipo", "simpo" or "sft".
+  objective.name = "mcpo"
+  # For the next four: None is the objective's own default, and setting one
+  # that the objective does not take is an error.
+  # Reward scale, in reward per nat of log ratio.
+  objective.beta = config_dict.placeholder(float)
+  # Probability that a label is flipped, in [0, 0.5). None: as said above.
+  objective.label_smoothing = config_dict.placeholder(float)
+  # Divide log-probs by the completion's length. None: as said above.
+  objective.length_average = config_dict.placeholder(bool)
+  # SimPO's target margin as a share of beta. None: as said above.
+  objective.gamma_beta_ratio = config_dict.placeholder(float)
+
+  # --- Monte Carlo kernel: which candidates become negatives ------------------
+  kernel = config.kernel = ml_collections.ConfigDict()
+  # "mc" (by weight), "max", "min", "random", "fixed_worst" (lowest score of
+  # the data) or "all". None: the objective's own.
+  kernel.strategy = config_dict.placeholder(str)
+  # What weights a candidate: "reward" (beta times log ratio) or "policy_logp",
+  # either also with "_per_token".
+  kernel.score = "reward"
+  # Let the preferred completion be drawn too. None: the objective's own.
+  kernel.include_preferred = config_dict.placeholder(bool)
+  # Weights are softmax(score / temperature). Towards 0: max, large: random.
+  kernel.temperature = 1.0
+  # Negatives per prompt and update.
+  kernel.num_negatives = 1
+  # Transitions per update, each over candidates of its own.
+  kernel.num_steps = 1
+  # How often the negatives are drawn anew: "step".
+  kernel.refresh = "step"
+
+  # --- Reference: the fixed policy that the reward is measured from -----------
+  reference = config.reference = ml_collections.ConfigDict()
+  # "cached" (log-probs on disk), "resident" (weights in memory) or "none".
+  # None: "cached" if the objective needs a reference, else "none".
+  reference.source = config_dict.placeholder(str)
+  # Its weights. None: the weights the preference stage starts from.
+  reference.path = config_dict.placeholder(str)
+
+  # --- Optimizer of the preference stage ----------------------------------------
+  config.optimizer = _optimizer()
+
+  # --- Supervised stage: the start of the preference stage --------------------
+  sft = config.sft = ml_collections.ConfigDict()
+  # Records to imitate, as data.path. None: the preferred ones of data.path.
+  sft.data_path = config_dict.placeholder(str)
+  # Layout of data_path, as data.format.
+  sft.data_format = "auto"
+  # Updates of the stage.
+  sft.num_steps = 900
+  # Completions per update, over all devices and hosts.
+  sft.batch_size = 32
+  # Its own optimizer, with the fields of config.optimizer.
+  sft.optimizer = _optimizer()
+
+  # --- Mesh: devices along each axis; one of them may be -1 (all that is left) --
+  mesh = config.mesh = ml_collections.ConfigDict()
+  # Replicas of the weights; streams are split over data and fsdp.
+  mesh.data = -1
+  # Shards of weights and optimizer state.
+  mesh.fsdp = 1
+  # Shards of heads, feed-forward width and vocabulary.
+  mesh.tensor = 1
+
+  # --- Generation: sampling in the evaluation -----------------------------------
+  generation = config.generation = ml_collections.ConfigDict()
+  # Of the softmax over tokens; 0 is greedy.
+  generation.temperature = 1.0
+  # Sample among the likeliest tokens that hold this share of probability.
+  generation.top_p = 1.0
+  # Longest sample, in tokens. None: data.max_completion_length.
+  generation.max_new_tokens = config_dict.placeholder(int)
+  # Samples per prompt.
+  generation.num_samples = 1
+
+  # --- Reward: scores sampled texts -----------------------------------------------
+  reward = config.reward = ml_collections.ConfigDict()
+  # "slot_coverage". None: samples are not scored.
+  reward.name = config_dict.placeholder(str)
+  # Pattern file of "slot_coverage". None: not used.
+  reward.patterns_path = config_dict.placeholder(str)
+
+  # --- Online training ------------------------------------------------------------
+  online = config.online = ml_collections.ConfigDict()
+  # Candidates sampled from the current policy instead of data.path.
+  online.enabled = False
+
+  # --- Evaluation -------------------------------------------------------------
+  evaluation = config.evaluation = ml_collections.ConfigDict()
+  # Updates between two evaluations inside the preference stage.
+  evaluation.every_steps = 100
+  # Held-out prompts of an evaluation, the first ones. None: all.
+  evaluation.num_prompts = config_dict.placeholder(int)
+  # Prompts whose samples are written beside those of the start.
+  evaluation.num_display = 4
+  # Evaluations without a better one after which the stage ends. None: never.
+  evaluation.patience = config_dict.placeholder(int)
+
+  # --- Checkpoints ------------------------------------------------------------
+  checkpoint = config.checkpoint = ml_collections.ConfigDict()
+  # Updates between two saves; the last update is always saved.
+  checkpoint.every_steps = 100
+  # Newest checkpoints that stay on disk, at least 2.
+  checkpoint.keep = 3
+  # Also keep the one that evaluated best, and export that one.
+  checkpoint.keep_best = False
+
+  # --- Export ---------------------------------------------------------------------
+  export = config.export = ml_collections.ConfigDict()
+  # Of the exported weights: "float32" or "bfloat16". None: model.param_dtype.
+  export.dtype = config_dict.placeholder(str)
+
+  # --- Logs: metrics.jsonl always; the others need their extra installed -------
+  log = config.log = ml_collections.ConfigDict()
+  # Updates between two lines.
+  log.every_steps = 10
+  # Write TensorBoard events to the workdir too.
+  log.tensorboard = False
+  # Send to Weights & Biases too.
+  log.wandb = False
+
+  config.lock()
+  return config
