@@ -12,7 +12,7 @@ from ml_collections import config_dict
 def _optimizer() -> ml_collections.ConfigDict:
   """The settings of one optimizer; a stage has its own."""
   optimizer = ml_collections.ConfigDict()
-  # Update rule, by its name in optax: "adamw".
+  # Update rule: "adamw", "sgd", "rmsprop" or "adafactor".
   optimizer.name = "adamw"
   # Largest learning rate, reached at the end of the warm-up.
   optimizer.learning_rate = 3e-4
@@ -111,7 +111,7 @@ def get_config() -> ml_collections.ConfigDict:
   # --- Data of the preference stage ---------------------------------------------
   data = config.data = ml_collections.ConfigDict()
   # Training records: a file (.jsonl, .jsonl.gz, .parquet), a folder, the name
-  # of a `datasets` set, or "quickstart:train". Required by the stage.
+  # of a `datasets` set, or "embedded:quickstart/train". Required by the stage.
   data.path = config_dict.placeholder(str)
   # Records of prompts that are never trained on. None: eval_fraction of path.
   data.eval_path = config_dict.placeholder(str)
@@ -171,13 +171,15 @@ def get_config() -> ml_collections.ConfigDict:
   # "mc" (by weight), "max", "min", "random", "fixed_worst" (lowest score of
   # the data) or "all". None: the objective's own.
   kernel.strategy = config_dict.placeholder(str)
+  # For the next three: setting one that the strategy does not read is an error.
   # What weights a candidate: "reward" (beta times log ratio) or "policy_logp",
-  # either also with "_per_token".
-  kernel.score = "reward"
+  # either also with "_per_token". None: "reward".
+  kernel.score = config_dict.placeholder(str)
   # Let the preferred completion be drawn too. None: the objective's own.
   kernel.include_preferred = config_dict.placeholder(bool)
   # Weights are softmax(score / temperature). Towards 0: max, large: random.
-  kernel.temperature = 1.0
+  # None: 1.
+  kernel.temperature = config_dict.placeholder(float)
   # Negatives per prompt and update.
   kernel.num_negatives = 1
   # Transitions per update, each over candidates of its own.
@@ -187,8 +189,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Reference: the fixed policy that the reward is measured from -----------
   reference = config.reference = ml_collections.ConfigDict()
-  # "cached" (log-probs on disk), "resident" (weights in memory) or "none".
-  # None: "cached" if the objective needs a reference, else "none".
+  # "cached" (log-probs on disk) or "resident" (weights in memory).
+  # None: "cached" if the objective needs a reference, else there is none.
   reference.source = config_dict.placeholder(str)
   # Its weights. None: the weights the preference stage starts from.
   reference.path = config_dict.placeholder(str)
@@ -198,7 +200,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Supervised stage: the start of the preference stage --------------------
   sft = config.sft = ml_collections.ConfigDict()
-  # Records to imitate, as data.path. None: the preferred ones of data.path.
+  # Records to imitate, as data.path. Required by the stage.
   sft.data_path = config_dict.placeholder(str)
   # Layout of data_path, as data.format.
   sft.data_format = "auto"

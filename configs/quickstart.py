@@ -22,11 +22,11 @@ def get_config() -> ml_collections.ConfigDict:
   config = default.get_config()
   config.num_epochs = 2.0
 
-  config.data.path = "quickstart:train"
-  config.data.eval_path = "quickstart:eval"
+  config.data.path = "embedded:quickstart/train"
+  config.data.eval_path = "embedded:quickstart/eval"
   config.data.max_prompt_length = 64
   config.data.max_completion_length = 64
-  config.sft.data_path = "quickstart:sft"
+  config.sft.data_path = "embedded:quickstart/sft"
   config.sft.num_steps = 900
   config.sft.optimizer.learning_rate = 2e-3
 
@@ -35,7 +35,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.generation.num_samples = 4
   config.reward.name = "slot_coverage"
-  config.reward.patterns_path = "mcpo_jax/data/quickstart_patterns.json"
+  config.reward.patterns_path = "embedded:quickstart"
 
   config.evaluation.every_steps = 50
   config.checkpoint.every_steps = 50
