@@ -38,7 +38,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   # Seed of every random draw: weights, data order, kernel, sampling.
   config.seed = 0
-  # What to run, in this order: any of "sft", "preference", "evaluate", "export".
+  # What to run, in this order, of "sft", "preference", "evaluate", "export".
   config.stages = ("sft", "preference", "evaluate", "export")
   # Updates of the preference stage. Exactly one of num_steps and num_epochs.
   config.num_steps = config_dict.placeholder(int)
@@ -50,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
   # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax.
   config.cache_dir = config_dict.placeholder(str)
 
-  # --- Tokenizer ------------------------------------------------------------
+  # --- Tokenizer --------------------------------------------------------------
   tokenizer = config.tokenizer = ml_collections.ConfigDict()
   # Folder or hub name of a Hugging Face tokenizer. None: the one of model.path,
   # or without model.path a byte-level BPE trained on the data.
@@ -66,9 +66,9 @@ def get_config() -> ml_collections.ConfigDict:
   # What a template is told is today (YYYY-MM-DD), so that runs do not drift.
   tokenizer.date = "2026-01-01"
 
-  # --- Proposal: the law the candidates were drawn from ----------------------
+  # --- Proposal: the law the candidates were drawn from -----------------------
   proposal = config.proposal = ml_collections.ConfigDict()
-  # Add log mu - log q to every candidate; needs log-probs of the law drawn from.
+  # Add log mu - log q to every candidate; needs the log-probs of both laws.
   proposal.correction = False
 
   # --- Model ------------------------------------------------------------------
@@ -108,10 +108,10 @@ def get_config() -> ml_collections.ConfigDict:
   # or "full" (whole layers).
   model.remat = "none"
 
-  # --- Data of the preference stage ---------------------------------------------
+  # --- Data of the preference stage -------------------------------------------
   data = config.data = ml_collections.ConfigDict()
   # Training records: a file (.jsonl, .jsonl.gz, .parquet), a folder, the name
-  # of a `datasets` set, or "embedded:quickstart/train". Required by the stage.
+  # of a `datasets` set, or "embedded:quickstart/train". The stage requires it.
   data.path = config_dict.placeholder(str)
   # Records of prompts that are never trained on. None: eval_fraction of path.
   data.eval_path = config_dict.placeholder(str)
@@ -171,7 +171,7 @@ def get_config() -> ml_collections.ConfigDict:
   # "mc" (by weight), "max", "min", "random", "fixed_worst" (lowest score of
   # the data) or "all". None: the objective's own.
   kernel.strategy = config_dict.placeholder(str)
-  # For the next three: setting one that the strategy does not read is an error.
+  # Of the next three, setting one that the strategy does not read is an error.
   # What weights a candidate: "reward" (beta times log ratio) or "policy_logp",
   # either also with "_per_token". None: "reward".
   kernel.score = config_dict.placeholder(str)
@@ -195,7 +195,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Its weights. None: the weights the preference stage starts from.
   reference.path = config_dict.placeholder(str)
 
-  # --- Optimizer of the preference stage ----------------------------------------
+  # --- Optimizer of the preference stage --------------------------------------
   config.optimizer = _optimizer()
 
   # --- Supervised stage: the start of the preference stage --------------------
@@ -211,7 +211,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Its own optimizer, with the fields of config.optimizer.
   sft.optimizer = _optimizer()
 
-  # --- Mesh: devices along each axis; one of them may be -1 (all that is left) --
+  # --- Mesh: devices along each axis; one of them may be -1 (all that is left)
   mesh = config.mesh = ml_collections.ConfigDict()
   # Replicas of the weights; streams are split over data and fsdp.
   mesh.data = -1
@@ -220,7 +220,7 @@ def get_config() -> ml_collections.ConfigDict:
   # Shards of heads, feed-forward width and vocabulary.
   mesh.tensor = 1
 
-  # --- Generation: sampling in the evaluation -----------------------------------
+  # --- Generation: sampling in the evaluation ---------------------------------
   generation = config.generation = ml_collections.ConfigDict()
   # Of the softmax over tokens; 0 is greedy.
   generation.temperature = 1.0
@@ -231,14 +231,14 @@ def get_config() -> ml_collections.ConfigDict:
   # Samples per prompt.
   generation.num_samples = 1
 
-  # --- Reward: scores sampled texts -----------------------------------------------
+  # --- Reward: scores sampled texts -------------------------------------------
   reward = config.reward = ml_collections.ConfigDict()
   # "slot_coverage". None: samples are not scored.
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
 
-  # --- Online training ------------------------------------------------------------
+  # --- Online training --------------------------------------------------------
   online = config.online = ml_collections.ConfigDict()
   # Candidates sampled from the current policy instead of data.path.
   online.enabled = False
@@ -263,12 +263,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Also keep the one that evaluated best, and export that one.
   checkpoint.keep_best = False
 
-  # --- Export ---------------------------------------------------------------------
+  # --- Export -----------------------------------------------------------------
   export = config.export = ml_collections.ConfigDict()
   # Of the exported weights: "float32" or "bfloat16". None: model.param_dtype.
   export.dtype = config_dict.placeholder(str)
 
-  # --- Logs: metrics.jsonl always; the others need their extra installed -------
+  # --- Logs: metrics.jsonl always; the others need their extra installed ------
   log = config.log = ml_collections.ConfigDict()
   # Updates between two lines.
   log.every_steps = 10
