@@ -1,0 +1,109 @@
+"""Held-out preferences: does the implicit reward order candidates right?
+
+N sets, K candidate slots. All arrays live on the host.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from mcpo_jax.evaluation import statistics
+
+
+def preference_metrics(
+    logps: np.ndarray,
+    ref_logps: np.ndarray,
+    role: np.ndarray,
+    scores: np.ndarray,
+    *,
+    beta: float,
+    seed: int,
+) -> dict[str, Any]:
+  """Accuracy, margin and accuracy by rank of the implicit reward.
+
+  The implicit reward is beta * (logps - ref_logps). A pair is the preferred
+  candidate of a set and one of its negatives; it is ordered right if the
+  preferred has the larger reward. A pair of equal rewards counts one half, so
+  that a policy equal to its reference is at chance.
+
+  Args:
+    logps: [N, K] nats, of the policy.
+    ref_logps: [N, K] nats, of the reference.
+    role: [N, K] +1 preferred (one per set), -1 negative, 0 neither or no
+      candidate; what stands in the arrays there is never read.
+    scores: [N, K] external scores, higher is better, NaN where unknown. They
+      rank the negatives of a set; equal scores keep the order of the slots.
+    beta: per nat, > 0.
+    seed: of the bootstrap intervals, which draw sets.
+
+  Returns:
+    A flat dict: `rewards/accuracies` (share of all pairs ordered right),
+    `rewards/margins` (preferred minus the mean of the set's negatives, mean
+    over sets), both with `_ci95_low` and `_ci95_high`; `rewards/chosen`,
+    `rewards/rejected`, `logps/chosen`, `logps/rejected` (means over sets);
+    `num_pairs`, `num_sets` (sets with a preferred and a negative); and
+    `rewards/accuracies_by_rank`, a list: entry 0 is the accuracy against the
+    best-scored negative of each set, entry 1 against the second best, and so
+    on, over the sets that have one. Sets with unknown scores stay out of it.
+  """
+  role = np.asarray(role)
+  rewards = beta * (
+      np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
+  )
+  usable = (role == 1).any(1) & (role == -1).any(1)
+  role, rewards = role[usable], rewards[usable]
+  logps, scores = np.asarray(logps)[usable], np.asarray(scores)[usable]
+  slot = np.argmax(role == 1, axis=1)[:, None]
+  negative = role == -1
+
+  chosen = np.take_along_axis(rewards, slot, 1)
+  right = np.where(
+      negative, (chosen > rewards) + 0.5 * (chosen == rewards), 0.0
+  )
+  pairs = negative.sum(1)
+  rejected = _masked_mean(rewards, negative)
+  accuracy = statistics.mean_interval(right.sum(1) / pairs, pairs, seed=seed)
+  margin = statistics.mean_interval(chosen[:, 0] - rejected, seed=seed)
+  return {
+      **_flat("rewards/accuracies", accuracy),
+      **_flat("rewards/margins", margin),
+      "rewards/chosen": _mean(chosen),
+      "rewards/rejected": _mean(rejected),
+      "logps/chosen": _mean(np.take_along_axis(logps, slot, 1)),
+      "logps/rejected": _mean(_masked_mean(logps, negative)),
+      "rewards/accuracies_by_rank": _by_rank(right, negative, scores),
+      "num_pairs": int(pairs.sum()),
+      "num_sets": int(usable.sum()),
+  }
+
+
+def _by_rank(right, negative, scores):
+  """Accuracy against the best, the second best, ... negative of each set."""
+  ranked = (np.isfinite(scores) | ~negative).all(1)
+  right, negative = right[ranked], negative[ranked]
+  keys = np.where(negative, -scores[ranked], np.inf)  # others sort last
+  order = np.argsort(keys, axis=1, kind="stable")
+  right = np.take_along_axis(right, order, 1)
+  present = np.take_along_axis(negative, order, 1)
+  return [
+      float(right[:, r][present[:, r]].mean())
+      for r in range(present.shape[1])
+      if present[:, r].any()
+  ]
+
+
+def _masked_mean(values, mask):
+  """[N] mean over the slots of the mask; every row has one."""
+  return np.where(mask, values, 0.0).sum(1) / mask.sum(1)
+
+
+def _mean(values):
+  return float(np.mean(values)) if np.size(values) else float("nan")
+
+
+def _flat(name, interval):
+  return {
+      name: interval.mean,
+      f"{name}_ci95_low": interval.ci95_low,
+      f"{name}_ci95_high": interval.ci95_high,
+  }
