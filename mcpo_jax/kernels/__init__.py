@@ -1,0 +1,1 @@
+"""Monte Carlo kernels that draw the negatives, and their exact laws."""

@@ -1,0 +1,120 @@
+"""Log-weights of candidates: score, temperature, multiplicity, proposal.
+
+The preferred completion counts once, whatever its multiplicity: a second copy
+of it is tied with it, and a tie is no negative.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mcpo_jax.types import Array, SetBatch
+
+
+def negatives(sets: SetBatch) -> jax.Array:
+  """[B, K] bool, True on candidates that may be rejected.
+
+  A row whose slot 0 is no valid preferred completion has no negatives.
+  """
+  negative = jnp.logical_and(sets.role == -1, sets.candidate_mask)
+  return jnp.logical_and(negative, _preferred(sets)[:, :1])
+
+
+def candidates(sets: SetBatch, *, include_preferred: bool) -> jax.Array:
+  """[B, K] bool, True on what a kernel may draw."""
+  if not include_preferred:
+    return negatives(sets)
+  return jnp.logical_or(negatives(sets), _preferred(sets))
+
+
+def proposal_correction(sets: SetBatch) -> jax.Array:
+  """[B, K] log mu - log q: weight of a candidate drawn from q instead of mu.
+
+  Reads the anchors "proposal_mu" and "proposal_q". It belongs to EVERY
+  candidate, slot 0 included; left out there, the estimate is biased.
+  """
+  correction = sets.anchors["proposal_mu"] - sets.anchors["proposal_q"]
+  correction = jnp.where(sets.candidate_mask, correction, 0.0)
+  return jax.lax.stop_gradient(correction)
+
+
+def log_counts(sets: SetBatch, *, corrected: bool) -> jax.Array:
+  """[B, K] what is added to rewards in weights and in log Z.
+
+  Args:
+    sets: multiplicity m adds log m on slots 1.. ; slot 0 counts once.
+    corrected: adds `proposal_correction`.
+  """
+  first = jnp.arange(sets.role.shape[1])[None, :] == 0
+  count = jnp.where(first, 1, jnp.maximum(sets.multiplicity, 1))
+  log_count = jnp.log(count.astype(jnp.result_type(float)))
+  if corrected:
+    log_count = log_count + proposal_correction(sets)
+  return log_count
+
+
+def log_weights(
+    scores: Array,
+    sets: SetBatch,
+    *,
+    temperature: float | Array,
+    include_preferred: bool,
+    corrected: bool = False,
+) -> jax.Array:
+  """Normalised log-weights of one kernel step.
+
+  w_i = m_i exp(s_i / temperature) / sum over the candidate set.
+
+  Args:
+    scores: [B, K] float, higher is heavier; infinities are safe, NaN stays.
+    sets: [B, K] roles, masks, multiplicity.
+    temperature: > 0, may be traced; checked on the host.
+    include_preferred: slot 0 is a candidate too.
+    corrected: candidates come from q, see `proposal_correction`.
+
+  Returns:
+    [B, K] nats, -inf outside the candidate set; finite inside. Without
+    gradient. Rows without candidates are -inf all over.
+  """
+  candidate = candidates(sets, include_preferred=include_preferred)
+  scores = jax.lax.stop_gradient(jnp.asarray(scores))
+  big = jnp.finfo(scores.dtype).max
+  scores = jnp.clip(scores, -big, big)
+  # The largest score goes first: scores / temperature may overflow.
+  top = jnp.max(
+      jnp.where(candidate, scores, -big), axis=1, keepdims=True
+  )
+  tempered = jnp.maximum((scores - top) / temperature, -big)
+  logits = tempered + log_counts(sets, corrected=corrected)
+  some = jnp.any(candidate, axis=1, keepdims=True)
+  logits = jnp.where(candidate, logits, jnp.where(some, -jnp.inf, 0.0))
+  normalised = jnp.maximum(jax.nn.log_softmax(logits, axis=1), -big)
+  return jnp.where(candidate, normalised, -jnp.inf)
+
+
+def preferred_weight(
+    scores: Array,
+    sets: SetBatch,
+    *,
+    temperature: float | Array,
+    corrected: bool = False,
+) -> jax.Array:
+  """[B] p_0, the weight of slot 0 among all candidates of the pool.
+
+  `cd_loss` needs it where the kernel leaves the preferred completion out. 0
+  on rows that are no set.
+  """
+  weights = log_weights(
+      scores,
+      sets,
+      temperature=temperature,
+      include_preferred=True,
+      corrected=corrected,
+  )
+  return jnp.exp(weights[:, 0])
+
+
+def _preferred(sets: SetBatch) -> jax.Array:
+  """[B, K] bool, True on slot 0 of every valid set."""
+  first = jnp.arange(sets.role.shape[1])[None, :] == 0
+  valid = jnp.logical_and(sets.role == 1, sets.candidate_mask)
+  return jnp.logical_and(first, valid)

@@ -1,0 +1,149 @@
+"""Losses on one pair: slot 0 chosen, slot 1 rejected; further slots unread.
+
+Rows without a valid pair have loss 0 and no gradient.
+"""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mcpo_jax.kernels import weights
+from mcpo_jax.objectives import implicit
+from mcpo_jax.types import Features, SetBatch
+
+
+def dpo_loss(
+    features: Features,
+    batch: SetBatch,
+    state: Any,
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+  """DPO; with label smoothing e, cDPO.
+
+  loss_b = -(1 - e) log sigmoid(r_0 - r_1) - e log sigmoid(r_1 - r_0), with
+  r = beta * (logps - ref).
+
+  Args:
+    features: logps [B, J], J >= 2.
+    batch: [B, J]; anchor "ref".
+    state: passed through.
+    beta: inverse temperature of the implicit reward, > 0.
+    label_smoothing: share of pairs taken as labelled the wrong way round, in
+      [0, 0.5).
+
+  Returns:
+    losses: [B] nats, not reduced.
+    aux: see `implicit.preference_aux`, of slot 1.
+    state: as given.
+
+  References:
+    Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
+  """
+  features, batch = _pair(features, batch)
+  rewards = implicit.implicit_rewards(features, batch, beta=beta)
+  margins = _margins(rewards, batch)
+  losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+  losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+  return _with_pairs_only(losses, rewards, features, batch, state)
+
+
+def ipo_loss(
+    features: Features,
+    batch: SetBatch,
+    state: Any,
+    *,
+    beta: float,
+    length_average: bool,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+  """IPO: loss_b = (h - 1 / (2 beta))^2.
+
+  h = d_0 - d_1 with d = logps - ref, summed over tokens as in the paper, or
+  divided by the number of tokens, which its authors have confirmed to be meant.
+
+  Args:
+    features: logps [B, J], J >= 2.
+    batch: [B, J]; anchor "ref"; `lengths` where averaged.
+    state: passed through.
+    beta: strength of the regularisation (tau of the paper), > 0.
+    length_average: divides d by the completion's number of tokens.
+
+  Returns:
+    losses: [B], not reduced.
+    aux: see `implicit.preference_aux`, of slot 1; rewards are beta * d.
+    state: as given.
+
+  References:
+    Azar et al. 2023, Eq. 17, https://arxiv.org/abs/2310.12036
+  """
+  features, batch = _pair(features, batch)
+  ratios = implicit.implicit_rewards(features, batch, beta=1.0)
+  if length_average:
+    ratios = ratios / jnp.maximum(batch.lengths, 1)
+  losses = (_margins(ratios, batch) - 1.0 / (2.0 * beta)) ** 2
+  return _with_pairs_only(losses, beta * ratios, features, batch, state)
+
+
+def simpo_loss(
+    features: Features,
+    batch: SetBatch,
+    state: Any,
+    *,
+    beta: float,
+    gamma_beta_ratio: float,
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+  """SimPO: length-normalised, without a reference.
+
+  loss_b = -log sigmoid(r_0 - r_1 - beta * gamma_beta_ratio), with
+  r = beta * logps / length.
+
+  Args:
+    features: logps [B, J], J >= 2.
+    batch: [B, J]; `lengths`.
+    state: passed through.
+    beta: scale of the reward per token, > 0.
+    gamma_beta_ratio: target margin in units of beta, >= 0.
+
+  Returns:
+    losses: [B] nats, not reduced.
+    aux: see `implicit.preference_aux`, of slot 1.
+    state: as given.
+
+  References:
+    Meng et al. 2024, Eq. 6, https://arxiv.org/abs/2405.14734
+  """
+  features, batch = _pair(features, batch)
+  logps = implicit.masked(features.logps, batch)
+  rewards = beta * logps / jnp.maximum(batch.lengths, 1)
+  margins = _margins(rewards, batch) - beta * gamma_beta_ratio
+  losses = -jax.nn.log_sigmoid(margins)
+  return _with_pairs_only(losses, rewards, features, batch, state)
+
+
+def _pair(features, batch):
+  """Features and batch cut to slots 0 and 1."""
+  chex.assert_rank(features.logps, 2)
+  chex.assert_equal_shape([features.logps, batch.role])
+  chex.assert_axis_dimension_gteq(features.logps, 1, 2)
+  sets = {"example_id", "visit"}
+  cut = lambda x: x[:, :2]
+  batch = SetBatch(**{
+      name: x if name in sets else jax.tree.map(cut, x)
+      for name, x in batch._asdict().items()
+  })
+  return Features(logps=cut(features.logps)), batch
+
+
+def _margins(rewards, batch):
+  """[B] r_0 - r_1, 0 without gradient where there is no pair."""
+  pair = weights.negatives(batch)[:, 1]
+  return jnp.where(pair, rewards[:, 0] - rewards[:, 1], 0.0)
+
+
+def _with_pairs_only(losses, rewards, features, batch, state):
+  """The return value of a pairwise loss, 0 where there is no pair."""
+  losses = jnp.where(weights.negatives(batch)[:, 1], losses, 0.0)
+  return losses, implicit.preference_aux(rewards, features.logps, batch), state
