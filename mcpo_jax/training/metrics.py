@@ -11,6 +11,13 @@ from typing import Any
 from absl import logging
 
 
+def one_line(values: dict[str, Any]) -> str:
+  """The scalars worth a glance, for a log line."""
+  shown = ("loss", "rewards/margins", "rewards/accuracies", "kernel/ess",
+           "eval/loss", "eval/accuracy", "eval/margin", "eval/score")
+  return " ".join(f"{k}={float(values[k]):.4g}" for k in shown if k in values)
+
+
 class Writer:
   """Writes flat dicts of scalars. The step is the key: a resumed stage first
   cuts off what it is about to write again."""

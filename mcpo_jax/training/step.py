@@ -4,7 +4,7 @@ A batch is B sets of K slots. Its tokens come in chunks of streams, all of one
 shape, so that each function here is traced once whatever the batch looks like:
 
   score   sum over chunks of sequence log-probs -> [B, K]     no gradient
-  draw    the MC kernel on [B, K]                -> [B, M] slots
+  draw    the MC kernel on [B, K]               -> [B, J] slots
   grads   per chunk, accumulated; either
             from_loss        the chunk holds its sets whole: loss and gradient
             from_cotangents  d loss / d logps of the whole batch is known
@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mcpo_jax import types
-from mcpo_jax.kernels import mc
+from mcpo_jax import sharding, types
+from mcpo_jax.kernels import mc, weights
 
 
 class TrainState(NamedTuple):
@@ -41,7 +41,6 @@ class Accumulator(NamedTuple):
   grads: types.Params
   loss: jax.Array  # [B]
   aux: dict[str, jax.Array]  # name -> [B]
-  logps: jax.Array  # [B, J]
 
 
 class Selection(NamedTuple):
@@ -49,35 +48,33 @@ class Selection(NamedTuple):
 
   slots: jax.Array  # [B, J] int32
   mask: jax.Array  # [B, J] bool
-  drawn: jax.Array  # bool: the multiplicity was spent in the draw
 
 
 class StepFunctions(NamedTuple):
-  """Jitted; see the module docstring."""
+  """Jitted; see the module docstring. Shapes in `make_step_functions`."""
 
+  state_shapes: TrainState  # ShapeDtypeStructs with shardings
+  init: Callable[..., TrainState]
   score: Callable[..., jax.Array]
-  draw: Callable[..., Any]
+  draw: Callable[..., tuple[Selection, types.SetBatch, dict[str, jax.Array]]]
   zeros: Callable[..., Accumulator]
-  from_loss: Callable[..., Accumulator]
-  cotangents: Callable[..., tuple[jax.Array, Accumulator]]
+  from_loss: Callable[..., tuple[Accumulator, Any]]
+  cotangents: Callable[..., tuple[jax.Array, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-def select_slots(
-    sets: types.SetBatch, selection: Selection
-) -> types.SetBatch:
+def select_slots(sets: types.SetBatch, selection: Selection) -> types.SetBatch:
   """The metadata of the selected slots: every [B, K] field becomes [B, J]."""
   def take(x):
     return jnp.take_along_axis(x, selection.slots, axis=1)
 
   mask = take(sets.candidate_mask) & selection.mask
-  multiplicity = jnp.where(selection.drawn, 1, take(sets.multiplicity))
   return types.SetBatch(
       role=jnp.where(mask, take(sets.role), 0),
       candidate_mask=mask,
       candidate_id=take(sets.candidate_id),
-      multiplicity=multiplicity,
+      multiplicity=take(sets.multiplicity),
       scores=take(sets.scores),
       lengths=jnp.where(mask, take(sets.lengths), 0),
       anchors={name: take(x) for name, x in sets.anchors.items()},
@@ -86,16 +83,27 @@ def select_slots(
   )
 
 
+def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
+  """Mean of x [B] where `where` [B]; 0 if nowhere."""
+  return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+
+
 def make_step_functions(
     sequence_logps: Callable[..., jax.Array],
     objective: Callable[..., Any],
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    draw_settings: dict[str, Any],
-    score_settings: dict[str, Any],
+    strategy: str,
+    score: str | None,
+    temperature: float | None,
+    num_negatives: int,
+    include_preferred: bool,
+    replace: bool,
+    preferred_weight: bool,
+    beta: float,
     reduce: str,
-    state_shardings: TrainState,
+    param_shapes: types.Params,
     replicated: jax.sharding.Sharding,
 ) -> StepFunctions:
   """Builds the jitted functions of one training run.
@@ -106,31 +114,53 @@ def make_step_functions(
     objective: loss(features, batch, state) -> (loss [B], aux, state) with its
       settings bound.
     tx, schedule: optax; the schedule is only reported.
-    draw_settings: keyword arguments of kernels.mc.draw.
-    score_settings: keyword arguments of kernels.mc.kernel_scores.
+    strategy: of the kernel, or "none": slot 0 alone enters the loss.
+    score, temperature: of the kernel; read by some strategies only.
+    num_negatives, include_preferred, replace: of the kernel.
+    preferred_weight: the objective reads the anchor of that name.
+    beta: of the implicit reward, for kernel scores.
     reduce: "sets" or "tokens", what the global denominator counts.
-    state_shardings: a TrainState of shardings.
+    param_shapes: tree of ShapeDtypeStruct with shardings.
     replicated: sharding of everything that has no token axis.
   """
-  param_shardings = state_shardings.params
+  whole = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  state_shapes = TrainState(
+      step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
+      params=param_shapes,
+      opt_state=sharding.optimizer_shapes(tx, param_shapes, replicated),
+      objective_state=())
   accumulator_shardings = Accumulator(
-      param_shardings, replicated, replicated, replicated)
+      whole(param_shapes), replicated, replicated)
 
-  def score(params, streams, sets):
+  def score_chunk(params, streams, sets):
     return sequence_logps(params, streams, *sets.role.shape)
 
-  def draw(seed, logps, sets, temperature):
-    key = jax.random.key(seed)
-    scores = mc.kernel_scores(
-        logps, sets.anchors.get("ref"), sets.lengths, **score_settings)
-    state, info = mc.draw(key, None, scores, sets, temperature=temperature,
-                          **draw_settings)
-    # p_0 over the pool, for the CD surrogate without the preferred.
-    pool = jnp.where(sets.candidate_mask & (sets.role != 0), scores, -jnp.inf)
-    weight = jax.nn.softmax(
-        pool + jnp.log(sets.multiplicity.astype(pool.dtype)), axis=1)[:, :1]
-    weight = jnp.where(sets.candidate_mask[:, :1], weight, 0.0)
-    return state, info, jnp.broadcast_to(weight, logps.shape)
+  def draw(seed, logps, sets):
+    first = jnp.zeros_like(sets.role[:, :1], jnp.int32)
+    first_mask = sets.candidate_mask[:, :1]
+    if strategy == "none":
+      return Selection(first, first_mask), sets, {}
+    scores = jnp.zeros_like(logps)
+    if score is not None:
+      scores = weights.kernel_scores(
+          logps, sets.anchors.get("ref"), sets.lengths, score=score, beta=beta)
+    chains, info = mc.draw(
+        jax.random.key(seed), None, scores, sets, strategy=strategy,
+        temperature=1.0 if temperature is None else temperature,
+        num_negatives=num_negatives, include_preferred=include_preferred,
+        replace=replace)
+    if preferred_weight:
+      p_0 = weights.preferred_weight(scores, sets, temperature=temperature)
+      sets = sets._replace(anchors=sets.anchors | {
+          "preferred_weight": jnp.broadcast_to(p_0[:, None], scores.shape)})
+    if strategy != "all":  # the draw has spent the multiplicity
+      sets = sets._replace(multiplicity=jnp.ones_like(sets.multiplicity))
+    seen = {f"kernel/{name}": _mean(getattr(info, name), first_mask[:, 0])
+            for name in info._fields if name != "log_weights"}
+    selection = Selection(
+        jnp.concatenate([first, chains.selected], axis=1),
+        jnp.concatenate([first_mask, chains.selected_mask], axis=1))
+    return selection, sets, seen
 
   def denominator(sets):
     first = sets.candidate_mask[:, 0]
@@ -148,16 +178,14 @@ def make_step_functions(
     loss = jnp.where(present, loss, 0.0)
     total = jnp.sum(loss) / denominator(sets).astype(loss.dtype)
     aux = {name: jnp.where(present, x, 0.0) for name, x in aux.items()}
-    shown = jnp.where(batch.candidate_mask, features.logps, 0.0)
-    return total, (loss, aux, shown, objective_state)
+    return total, (loss, aux, objective_state)
 
   def zeros(params, sets, selection, objective_state):
-    shapes = jax.eval_shape(
-        loss_terms, jnp.zeros(sets.role.shape), sets, selection,
-        objective_state, sets.candidate_mask[:, 0])[1]
-    loss, aux, shown, _ = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return Accumulator(jax.tree.map(jnp.zeros_like, params), loss, aux, shown)
+    logps = jnp.zeros(sets.role.shape, jnp.float32)
+    shapes = jax.eval_shape(loss_terms, logps, sets, selection, objective_state,
+                            sets.candidate_mask[:, 0])[1][:2]
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    return Accumulator(jax.tree.map(jnp.zeros_like, params), *empty)
 
   def from_loss(params, total, streams, sets, selection, objective_state,
                 present):
@@ -165,23 +193,22 @@ def make_step_functions(
       logps = sequence_logps(params, streams, *sets.role.shape)
       return loss_terms(logps, sets, selection, objective_state, present)
 
-    (_, (loss, aux, shown, _)), grads = jax.value_and_grad(
+    (_, (loss, aux, new_state)), grads = jax.value_and_grad(
         f, has_aux=True)(params)
     return jax.tree.map(
-        jnp.add, total, Accumulator(grads, loss, aux, shown))
+        jnp.add, total, Accumulator(grads, loss, aux)), new_state
 
   def cotangents(params, logps, sets, selection, objective_state):
-    present = sets.candidate_mask[:, 0]
-    (_, (loss, aux, shown, objective_state)), cotangent = jax.value_and_grad(
-        loss_terms, has_aux=True)(
-            logps, sets, selection, objective_state, present)
+    terms = jax.value_and_grad(loss_terms, has_aux=True)
+    (_, (loss, aux, objective_state)), cotangent = terms(
+        logps, sets, selection, objective_state, sets.candidate_mask[:, 0])
     grads = jax.tree.map(jnp.zeros_like, params)
-    return cotangent, Accumulator(grads, loss, aux, shown), objective_state
+    return cotangent, Accumulator(grads, loss, aux), objective_state
 
   def from_cotangents(params, total, streams, cotangent):
     def f(params):
-      logps = sequence_logps(params, streams, *cotangent.shape)
-      return jnp.sum(cotangent * logps)
+      return jnp.sum(
+          cotangent * sequence_logps(params, streams, *cotangent.shape))
 
     grads = jax.tree.map(jnp.add, total.grads, jax.grad(f)(params))
     return total._replace(grads=grads)
@@ -190,10 +217,6 @@ def make_step_functions(
     updates, opt_state = tx.update(total.grads, state.opt_state, state.params)
     norm = optax.global_norm(total.grads)
     loss = jnp.sum(total.loss) / denominator(sets)
-    # Statistics of comparisons leave out sets whose chains drew no negative.
-    shown = sets.candidate_mask[:, 0] & (
-        jnp.any(selection.mask[:, 1:], axis=1) | (selection.mask.shape[1] == 1))
-    count = jnp.maximum(jnp.sum(shown), 1)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = TrainState(
         step=state.step + 1,
@@ -201,26 +224,33 @@ def make_step_functions(
         opt_state=opt_state,
         objective_state=objective_state)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-    metrics = {
-        name: jnp.sum(jnp.where(shown, x, 0)) / count
-        for name, x in total.aux.items()}
+
+    # Statistics of comparisons leave out sets whose chains drew no negative.
+    shown = sets.candidate_mask[:, 0]
+    if selection.mask.shape[1] > 1:
+      shown &= jnp.any(selection.mask[:, 1:], axis=1)
+    metrics = {name: _mean(x, shown) for name, x in total.aux.items()}
     metrics |= {
         "loss": loss,
         "grads/global_norm": norm,
         "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
-        "logps/chosen": jnp.sum(jnp.where(shown, total.logps[:, 0], 0)) / count,
         "finite": finite,
         "loss_per_set": total.loss,
     }
     return new, metrics
 
+  state_shardings = whole(state_shapes)
   jit = jax.jit
   return StepFunctions(
-      score=jit(score, out_shardings=replicated),
+      state_shapes=state_shapes,
+      init=lambda params: TrainState(
+          jax.device_put(jnp.zeros((), jnp.int32), replicated), params,
+          jit(tx.init, out_shardings=state_shardings.opt_state)(params), ()),
+      score=jit(score_chunk, out_shardings=replicated),
       draw=jit(draw, out_shardings=replicated),
       zeros=jit(zeros, out_shardings=accumulator_shardings),
       from_loss=jit(from_loss, donate_argnums=1,
-                    out_shardings=accumulator_shardings),
+                    out_shardings=(accumulator_shardings, replicated)),
       cotangents=jit(cotangents, out_shardings=(
           replicated, accumulator_shardings, replicated)),
       from_cotangents=jit(from_cotangents, donate_argnums=1,

@@ -1,0 +1,340 @@
+"""One stage of training: restore, step, log, evaluate, save.
+
+Read `train` from top to bottom; `run_step` is one update.
+"""
+
+import functools
+import importlib
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from mcpo_jax import checkpoints, errors, faults, settings, sharding, types
+from mcpo_jax.data import packing
+from mcpo_jax.models import config as model_config
+from mcpo_jax.models import scoring
+from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import metrics as metrics_lib
+from mcpo_jax.training import optimizer as optimizer_lib
+from mcpo_jax.training import step as step_lib
+
+
+class Model(NamedTuple):
+  """What all stages share: the architecture, where it lies, how it is fed."""
+
+  config: model_config.ModelConfig
+  mesh: jax.sharding.Mesh
+  param_shapes: Any  # tree of ShapeDtypeStruct with shardings
+  compute_dtype: Any
+  remat: str
+  num_streams: int  # of a chunk
+  stream_length: int
+  pad_id: int
+
+  @property
+  def param_shardings(self) -> Any:
+    return jax.tree.map(lambda x: x.sharding, self.param_shapes)
+
+  def pack(self, sets, slots, order) -> list[types.Streams]:
+    """Chunks of one shape; see `packing.pack_streams`."""
+    return packing.pack_streams(
+        sets, slots, order, num_streams=self.num_streams,
+        stream_length=self.stream_length, pad_id=self.pad_id)
+
+  def put(self, streams: types.Streams) -> types.Streams:
+    """A chunk on the devices, streams split over data and fsdp."""
+    return sharding.put_streams(streams, self.mesh)
+
+  def token_logps(self, params, streams):
+    """[S, T] float32; see `scoring.token_logps`."""
+    return scoring.token_logps(
+        params, self.config, streams, compute_dtype=self.compute_dtype,
+        remat=self.remat)
+
+  def sequence_logps(self, params, streams, num_sets, num_slots):
+    """[B, K] float32, 0 for what is not in the streams."""
+    return scoring.sequence_logps(
+        self.token_logps(params, streams), streams, num_sets=num_sets,
+        num_slots=num_slots)
+
+
+class Stage(NamedTuple):
+  """Plain settings of one stage, from the resolved config."""
+
+  name: str
+  objective: str
+  objective_settings: dict[str, Any]
+  kernel: dict[str, Any]  # strategy, score, temperature, ...
+  optimizer: dict[str, Any]
+  num_steps: int
+  batch_size: int
+  seed: int
+
+  @property
+  def entry(self) -> settings.Objective:
+    return settings.OBJECTIVES[self.objective]
+
+  @property
+  def scores_pool(self) -> bool:
+    """Whether the current policy scores the pool before the draw."""
+    return settings.STRATEGIES[self.kernel["strategy"]]
+
+
+class Schedule(NamedTuple):
+  """When to do what, in updates."""
+
+  log_every: int
+  save_every: int
+  keep: int
+  evaluate_every: int
+  patience: int | None
+  keep_best: bool
+
+
+def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
+  """The jitted functions of a stage."""
+  entry, options = stage.entry, dict(stage.optimizer)
+  schedule = optimizer_lib.make_schedule(
+      schedule=options.pop("schedule"),
+      learning_rate=options.pop("learning_rate"),
+      warmup_ratio=options.pop("warmup_ratio"), num_steps=stage.num_steps)
+  tx = optimizer_lib.make_optimizer(schedule=schedule, **options)
+  module, function = entry.place.split(":")
+  bound = dict(stage.objective_settings)
+  if stage.objective == "cd":
+    bound["include_preferred"] = stage.kernel["include_preferred"]
+  objective = functools.partial(
+      getattr(importlib.import_module(module), function), **bound)
+  return step_lib.make_step_functions(
+      model.sequence_logps, objective, tx, schedule,
+      strategy=stage.kernel["strategy"], score=stage.kernel["score"],
+      temperature=stage.kernel["temperature"],
+      num_negatives=stage.kernel["num_negatives"],
+      include_preferred=stage.kernel["include_preferred"],
+      replace=entry.replace,
+      preferred_weight="include_preferred" in bound
+      and not bound["include_preferred"],
+      beta=stage.objective_settings.get("beta", 1.0),
+      reduce=entry.reduce, param_shapes=model.param_shapes,
+      replicated=sharding.replicated(model.mesh))
+
+
+def run_step(
+    stage: Stage,
+    model: Model,
+    functions: step_lib.StepFunctions,
+    state: step_lib.TrainState,
+    batch: batch_lib.HostBatch,
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
+) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
+  """One update on one batch: score, draw, pack, gradient, apply."""
+  if reference_logps is not None:
+    batch = batch._replace(meta=batch.meta._replace(
+        anchors={"ref": reference_logps(batch)}))
+  sets = sharding.put_replicated(batch.meta, model.mesh)
+  whole = [np.arange(len(o)) for o in batch.order]
+  logps = jnp.zeros(batch.meta.role.shape, jnp.float32)
+  if stage.scores_pool:
+    for chunk in model.pack(batch.sets, whole, batch.order):
+      logps += functions.score(state.params, model.put(chunk), sets)
+  selection, sets, info = functions.draw(stage.seed, logps, sets)
+  slots = drawn_slots(selection, batch, contrast=stage.entry.contrast)
+  chunks = model.pack(batch.sets, slots, batch.order)
+
+  faults.point("step.drawn")
+  present = [np.isin(np.arange(len(batch.meta.role)), c.prompt_slot)
+             for c in chunks]
+  uncut = np.sum(present, axis=0).max(initial=0) <= 1
+  objective_state = state.objective_state
+  if not stage.scores_pool and uncut and (
+      stage.entry.separable or len(chunks) == 1):
+    total = functions.zeros(state.params, sets, selection, objective_state)
+    for chunk, here in zip(chunks, present):
+      total, objective_state = functions.from_loss(
+          state.params, total, model.put(chunk), sets, selection,
+          objective_state, here)
+      faults.point("step.accumulate")
+  else:
+    if not stage.scores_pool:
+      for chunk in chunks:
+        logps += functions.score(state.params, model.put(chunk), sets)
+    cotangent, total, objective_state = functions.cotangents(
+        state.params, logps, sets, selection, objective_state)
+    for chunk in chunks:
+      total = functions.from_cotangents(
+          state.params, total, model.put(chunk), cotangent)
+      faults.point("step.accumulate")
+  state, metrics = functions.update(
+      state, total, sets, selection, objective_state)
+  return state, metrics | info
+
+
+def drawn_slots(
+    selection: step_lib.Selection, batch: batch_lib.HostBatch, *, contrast: bool
+) -> list[np.ndarray]:
+  """Per set the slots whose tokens the gradient needs, ascending.
+
+  None for a set whose chains drew no negative: it has no gradient.
+  """
+  slots, mask = jax.device_get((selection.slots, selection.mask))
+  out = []
+  for b in range(len(batch.sets)):
+    used = np.unique(slots[b][mask[b]])
+    out.append(used if len(used) > 1 or not contrast else used[:0])
+  return out
+
+
+def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
+                 step: int) -> None:
+  """Stops the run, weights untouched, with the example ids at fault.
+
+  Raises:
+    NonFiniteError: train.non_finite.
+  """
+  if metrics["finite"]:
+    return
+  bad = np.flatnonzero(~np.isfinite(metrics["loss_per_set"]))
+  ids = [batch.sets[b].prompt_id for b in (bad if len(bad) else range(
+      len(batch.sets)))]
+  raise errors.NonFiniteError(
+      "train.non_finite", "loss or gradient is not finite; the weights are "
+      "those before this update", where=f"step {step}, prompt_id "
+      + ", ".join(ids[:8]), got=(float(metrics["loss"]),
+                                 float(metrics["grads/global_norm"])),
+      want="finite loss and gradient norm",
+      hint="lower the learning rate, or look at these examples")
+
+
+def train(
+    stage: Stage,
+    model: Model,
+    make_batch: Callable[[int], batch_lib.HostBatch],
+    start: Callable[[], types.Params],
+    folder: pathlib.Path,
+    writer: metrics_lib.Writer,
+    when: Schedule,
+    *,
+    meta: dict[str, Any],
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None = None,
+    evaluate: Callable[[types.Params, int], dict[str, float]] | None = None,
+) -> tuple[types.Params, int]:
+  """Trains one stage to its last step, from wherever it stopped.
+
+  Args:
+    stage, model, when: settings.
+    make_batch: step -> HostBatch.
+    start: gives the first weights; called unless a checkpoint is found.
+    folder: of this stage, holds `checkpoints/`.
+    writer: of metrics.
+    meta: goes into every manifest; a checkpoint with other values of these
+      keys is refused.
+    reference_logps: HostBatch -> [B, K], where no cache filled the anchors.
+    evaluate: (params, step) -> metrics on held-out data; "eval/loss" decides
+      what is best.
+
+  Returns:
+    the weights (the best if `when.keep_best`) and the updates done.
+
+  Raises:
+    NonFiniteError, CheckpointError.
+  """
+  # --- Restore ---------------------------------------------------------------
+  functions = make_functions(stage, model)
+  keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
+  restored = keeper.restore_latest(functions.state_shapes)
+  best = {"loss": float("inf"), "step": 0, "waited": 0}
+  if restored is None:
+    state = functions.init(start())
+    step = 0
+  else:
+    state, saved = restored
+    step, best = saved["step"], saved["best"]
+    check_same_run(saved, meta, folder)
+    logging.info("%s resumes at step %d", stage.name, step)
+  writer.rewind(stage.name, step)
+  keeper.protect(best["step"] if when.keep_best else None)
+
+  # --- Loop ------------------------------------------------------------------
+  bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
+             unit="step", disable=not sys.stderr.isatty())
+  clock, tokens = time.perf_counter(), 0
+  stop = step >= stage.num_steps or _patience_over(best, when)
+  if step == 0 and evaluate is not None:
+    writer.write(stage.name, 0, evaluate(state.params, 0))
+  while not stop:
+    batch = make_batch(step)
+    faults.point("step.before")
+    state, metrics = run_step(stage, model, functions, state, batch,
+                              reference_logps)
+    metrics = jax.device_get(metrics)
+    check_finite(metrics, batch, step)
+    step += 1
+    tokens += int(batch.meta.lengths.sum())
+    faults.point("step.after")
+
+    if step % when.log_every == 0 or step == stage.num_steps or step == 1:
+      elapsed = time.perf_counter() - clock
+      row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
+      del row["finite"]
+      row["perf/completion_tokens_per_sec"] = tokens / elapsed
+      row["epoch"] = float(batch.meta.visit.max())
+      writer.write(stage.name, step, row)
+      if bar.disable:
+        logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
+                     metrics_lib.one_line(row))
+      bar.set_postfix_str(metrics_lib.one_line(row))
+      clock, tokens = time.perf_counter(), 0
+    bar.update()
+
+    last = step == stage.num_steps
+    better = False
+    if evaluate is not None and (step % when.evaluate_every == 0 or last):
+      values = evaluate(state.params, step)
+      writer.write(stage.name, step, values)
+      logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
+                   metrics_lib.one_line(values))
+      better = values["eval/loss"] < best["loss"]
+      best = ({"loss": values["eval/loss"], "step": step, "waited": 0}
+              if better else best | {"waited": best["waited"] + 1})
+      clock, tokens = time.perf_counter(), 0
+    stop = last or _patience_over(best, when)
+    keeper.poll()
+    if step % when.save_every == 0 or stop or (better and when.keep_best):
+      keeper.save(step, state, meta | {"best": best})
+      keeper.protect(best["step"] if when.keep_best else None)
+  bar.close()
+  keeper.close()
+
+  # --- Result ----------------------------------------------------------------
+  if when.keep_best and 0 < best["step"] != step:
+    logging.info("%s: step %d evaluated best", stage.name, best["step"])
+    state = keeper.restore(best["step"], functions.state_shapes)
+  return state.params, step
+
+
+def _patience_over(best: dict[str, Any], when: Schedule) -> bool:
+  return when.patience is not None and best["waited"] >= when.patience
+
+
+def check_same_run(
+    saved: dict[str, Any], meta: dict[str, Any], folder: pathlib.Path
+) -> None:
+  """A checkpoint must belong to this config and this data.
+
+  Raises:
+    CheckpointError: ckpt.run_id, naming what differs.
+  """
+  for key, value in meta.items():
+    if saved.get(key) != value:
+      raise errors.CheckpointError(
+          "ckpt.run_id", f"the checkpoint belongs to another {key}",
+          where=str(folder), got=saved.get(key), want=value,
+          hint="use a fresh --workdir")
