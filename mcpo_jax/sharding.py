@@ -1,0 +1,207 @@
+"""Mesh, sharding rules as data, and arrays that span hosts.
+
+A rule table is a list of (regular expression, PartitionSpec). The first
+expression that is found in a parameter's path, "layers/mlp/up_proj/kernel",
+decides. Rules are applied to ShapeDtypeStructs, so nothing is allocated.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mcpo_jax import errors
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+
+def make_mesh(
+    *,
+    data: int,
+    fsdp: int,
+    tensor: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """A mesh with axes "data", "fsdp", "tensor" of Auto type.
+
+  Args:
+    data: size of the axis that only splits the batch.
+    fsdp: size of the axis that splits the batch and the weights.
+    tensor: size of the axis that splits heads and hidden units. One of the
+      three may be -1: whatever number of devices is left.
+    devices: the devices to use; all of them by default.
+
+  Raises:
+    ConfigError: `config.mesh`, if the sizes do not multiply to the number of
+      devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
+  unknown = [name for name, size in sizes.items() if size == -1]
+  known = math.prod(size for size in sizes.values() if size != -1)
+  if len(unknown) > 1 or any(
+      size < 1 for size in sizes.values() if size != -1
+  ):
+    raise errors.ConfigError(
+        "config.mesh",
+        "mesh sizes are whole numbers above 0, and at most one is -1",
+        where="config.mesh",
+        got=shown,
+    )
+  if unknown and len(devices) % known == 0:
+    sizes[unknown[0]] = len(devices) // known
+  if math.prod(sizes.values()) != len(devices):
+    raise errors.ConfigError(
+        "config.mesh",
+        f"the mesh {shown} does not fit the {len(devices)} devices",
+        where="config.mesh",
+        got=known,
+        want=f"{'a divisor of ' if unknown else ''}{len(devices)} devices",
+        hint="set one axis to -1 to take what is left",
+    )
+  return jax.make_mesh(
+      tuple(sizes.values()),
+      AXES,
+      axis_types=(AxisType.Auto,) * len(AXES),
+      devices=devices,
+  )
+
+
+def path_name(path: tuple) -> str:
+  """A pytree path as "layers/mlp/up_proj/kernel"."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def infer_shardings(shapes: Any, rules: Rules, mesh: Mesh) -> Any:
+  """The sharding of every array of a tree, by its path.
+
+  Args:
+    shapes: tree of ShapeDtypeStructs or arrays.
+    rules: list of (regular expression, PartitionSpec); the first match holds.
+    mesh: from make_mesh.
+
+  Returns:
+    A tree of NamedShardings of the same structure.
+
+  Raises:
+    ConfigError: `config.sharding_rule` for a path that no rule matches;
+      `config.divisible` for a dimension that its mesh axes do not divide.
+  """
+
+  def one(path, shape):
+    name = path_name(path)
+    for pattern, spec in rules:
+      if re.search(pattern, name):
+        _check_divisible(name, shape.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+    raise errors.ConfigError(
+        "config.sharding_rule",
+        "no sharding rule matches a parameter",
+        where=name,
+        got=tuple(shape.shape),
+    )
+
+  return jax.tree_util.tree_map_with_path(one, shapes)
+
+
+def _check_divisible(
+    name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh
+) -> None:
+  if len(spec) > len(shape):
+    raise errors.ConfigError(
+        "config.sharding_rule",
+        f"the rule {spec} has more entries than the array has axes",
+        where=name,
+        got=tuple(shape),
+    )
+  for axis, names in enumerate(spec):
+    names = (names,) if isinstance(names, str) else tuple(names or ())
+    parts = math.prod(mesh.shape[n] for n in names)
+    if shape[axis] % parts:
+      raise errors.ConfigError(
+          "config.divisible",
+          f"axis {axis} of size {shape[axis]} is not divisible by the mesh"
+          f" axes {' x '.join(f'{n}={mesh.shape[n]}' for n in names)}",
+          where=name,
+          got=shape[axis],
+          want=f"a multiple of {parts}",
+          hint="change config.mesh",
+      )
+
+
+def optimizer_shardings(
+    tx: optax.GradientTransformation, params: Any, shardings: Any
+) -> Any:
+  """Shardings of tx.init(params): moments as their parameter, else replicated.
+
+  jit(tx.init) without them puts every moment whole on one device.
+
+  Args:
+    tx: the optimizer.
+    params: tree of arrays or ShapeDtypeStructs.
+    shardings: tree of NamedShardings of the same structure.
+  """
+  mesh = jax.tree.leaves(shardings)[0].mesh
+  return optax.tree_map_params(
+      tx,
+      lambda _, sharding: sharding,
+      jax.eval_shape(tx.init, params),
+      shardings,
+      transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Streams: axis 0 (S) over "data" and "fsdp"."""
+  return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Metadata of sets, scalars: the whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def put_global(tree: Any, sharding: NamedSharding) -> Any:
+  """Host arrays, equal on all hosts, as global arrays.
+
+  Every process hands over the whole array and uploads only its own shards.
+
+  Args:
+    tree: tree of numpy arrays.
+    sharding: one for all arrays of the tree.
+
+  Raises:
+    ConfigError: `config.divisible`, if an axis cannot be split evenly.
+  """
+
+  def one(path, array):
+    array = np.asarray(array)
+    _check_divisible(
+        path_name(path), array.shape, sharding.spec, sharding.mesh
+    )
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: array[index]
+    )
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def init_sharded(make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+  """make(*args) under jit, each output made on the devices that keep it."""
+  return jax.jit(make, out_shardings=shardings)(*args)
+
+
+def constrain(x: jax.Array, *spec: Any) -> jax.Array:
+  """Pins x to a spec of the mesh in context; without a mesh, x unchanged."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
