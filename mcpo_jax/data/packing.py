@@ -2,8 +2,8 @@
 
 A set's prompt stands once in a stream and its candidates after it; who sees
 whom is told by `prompt_slot`, `candidate_slot` and `positions` (types.Streams).
-Sets are placed longest first where they fit first, whole sets in one chunk
-where that can be. Pure NumPy; no work per token in Python.
+Sets are placed longest first; what is left of the streams is filled by sets
+that are spread over several streams of one chunk, each with the prompt again. Pure NumPy; no work per token in Python.
 """
 
 from typing import NamedTuple
@@ -138,62 +138,86 @@ def make_set_batch(
 
 
 class _Group(NamedTuple):
-  """A prompt and some of its candidates: what goes into one stream."""
+  """A prompt and some of its candidates in one stream."""
 
+  chunk: int
+  stream: int
   row: int
   slots: list[int]
-  length: int
 
 
-def _groups(row, prompt_length, slots, lengths, stream_length) -> list[_Group]:
-  """One group if the set fits a stream, else several with the same prompt."""
-  total = prompt_length + sum(lengths)
-  if total <= stream_length:
-    return [_Group(row, list(slots), total)]
+def _spread(
+    prompt: int, slots: list[int], lengths: dict[int, int], room: list[int]
+) -> tuple[dict[int, list[int]], list[int]]:
+  """Spreads a set over the room of a chunk's streams, `room` is used up.
+
+  Whole into the first stream where it fits; else longest candidate first, with
+  the prompt once in every stream that is used.
+
+  Returns:
+    (stream -> slots, slots that found no place).
+  """
+  total = prompt + sum(lengths[k] for k in slots)
+  for s, free in enumerate(room):
+    if total <= free:
+      room[s] -= total
+      return {s: list(slots)}, []
+  parts: dict[int, list[int]] = {}
+  rest = []
+  for k in sorted(slots, key=lambda k: -lengths[k]):
+    s = next((s for s in parts if room[s] >= lengths[k]), -1)
+    if s < 0:
+      s = max((s for s in range(len(room)) if s not in parts),
+              key=room.__getitem__, default=-1)
+      if s < 0 or room[s] < prompt + lengths[k]:
+        rest.append(k)
+        continue
+      room[s] -= prompt
+      parts[s] = []
+    room[s] -= lengths[k]
+    parts[s].append(k)
+  return parts, rest
+
+
+def _assign(
+    wanted: list[tuple[int, int, list[int], dict[int, int]]],
+    num_streams: int,
+    stream_length: int,
+) -> tuple[list[_Group], int]:
+  """Gives every candidate a stream.
+
+  Args:
+    wanted: (row, prompt length, slots, length of each slot) of every set.
+    num_streams, stream_length: of a chunk.
+
+  Returns:
+    (groups, number of chunks). A set lies in one chunk unless an empty chunk
+    cannot hold it.
+  """
+  rooms: list[list[int]] = []
   groups: list[_Group] = []
-  for i in sorted(range(len(slots)), key=lambda i: -lengths[i]):
-    for g, group in enumerate(groups):
-      if group.length + lengths[i] <= stream_length:
-        groups[g] = _Group(
-            row, [*group.slots, slots[i]], group.length + lengths[i])
+
+  def put(chunk, row, parts):
+    groups.extend(_Group(chunk, s, row, k) for s, k in parts.items())
+
+  for row, prompt, slots, lengths in sorted(
+      wanted, key=lambda w: (-w[1] - sum(w[3].values()), w[0])):
+    total = prompt + sum(lengths.values())
+    fits = sorted(range(len(rooms)), key=lambda c: max(rooms[c]) < total)
+    for chunk in fits:  # those that take it whole come first
+      room = list(rooms[chunk])
+      parts, rest = _spread(prompt, slots, lengths, room)
+      if not rest:
+        rooms[chunk] = room
+        put(chunk, row, parts)
         break
     else:
-      groups.append(_Group(row, [slots[i]], prompt_length + lengths[i]))
-  return groups
-
-
-def _place(groups, free) -> list[int] | None:
-  """Streams for all groups by first fit, or None; `free` is changed if so."""
-  left, placed = list(free), []
-  for group in groups:
-    for s, room in enumerate(left):
-      if group.length <= room:
-        left[s] -= group.length
-        placed.append(s)
-        break
-    else:
-      return None
-  free[:] = left
-  return placed
-
-
-def _assign(sets_groups, num_streams, stream_length):
-  """(chunk, stream, group) for every group; whole sets in one chunk."""
-  chunks: list[list[int]] = []  # free room of each stream
-  placed: list[tuple[int, int, _Group]] = []
-  for groups in sorted(
-      sets_groups, key=lambda g: (-sum(x.length for x in g), g[0].row)):
-    for start in range(0, len(groups), num_streams):
-      # A set that needs more streams than a chunk has spills over.
-      part = groups[start : start + num_streams]
-      for c, free in enumerate([*chunks, [stream_length] * num_streams]):
-        streams = _place(part, free)
-        if streams is not None:
-          if c == len(chunks):
-            chunks.append(free)
-          placed += [(c, s, g) for s, g in zip(streams, part)]
-          break
-  return placed, len(chunks)
+      rest = slots
+      while rest:
+        rooms.append([stream_length] * num_streams)
+        parts, rest = _spread(prompt, rest, lengths, rooms[-1])
+        put(len(rooms) - 1, row, parts)
+  return groups, len(rooms)
 
 
 def pack_streams(
@@ -221,28 +245,28 @@ def pack_streams(
     ConfigError: config.length if a prompt with one completion is longer than a
       stream.
   """
-  sets_groups = []
+  wanted = []
   for b, (one, chosen) in enumerate(zip(sets, slots, strict=True)):
-    lengths = [len(one.completions[order[b][k]]) for k in chosen]
+    lengths = {k: len(one.completions[order[b][k]]) for k in chosen}
     if not lengths:
       continue
-    if len(one.prompt) + max(lengths) > stream_length:
+    longest = len(one.prompt) + max(lengths.values())
+    if longest > stream_length:
       raise errors.ConfigError(
           "config.length", "a prompt with its completion is longer than a "
-          "stream", where=f"prompt_id {one.prompt_id}",
-          got=len(one.prompt) + max(lengths), want=f"at most {stream_length}",
+          "stream", where=f"prompt_id {one.prompt_id}", got=longest,
+          want=f"at most {stream_length}",
           hint="raise the stream length, or lower data.max_prompt_length or "
           "data.max_completion_length")
-    sets_groups.append(
-        _groups(b, len(one.prompt), chosen, lengths, stream_length))
-  placed, num_chunks = _assign(sets_groups, num_streams, stream_length)
+    wanted.append((b, len(one.prompt), list(chosen), lengths))
+  groups, num_chunks = _assign(wanted, num_streams, stream_length)
 
   pieces, masks, segments = [], [], []
-  cursor: dict[tuple[int, int], int] = {}
-  for chunk, stream, group in placed:
+  used = np.zeros((num_chunks, num_streams), int)
+  for group in groups:
     one = sets[group.row]
-    base = (chunk * num_streams + stream) * stream_length
-    start = base + cursor.get((chunk, stream), 0)
+    base = (group.chunk * num_streams + group.stream) * stream_length
+    start = base + int(used[group.chunk, group.stream])
     size = len(one.prompt)
     pieces.append(one.prompt)
     masks.append(np.zeros(size, bool))
@@ -255,7 +279,7 @@ def pack_streams(
       masks.append(one.completion_masks[order[group.row][k]])
       segments.append((group.row, k, len(tokens), place, size, source))
       place += len(tokens)
-    cursor[chunk, stream] = place - base
+    used[group.chunk, group.stream] = place - base
 
   shape = (num_chunks, num_streams, stream_length)
   out = Streams(
