@@ -110,8 +110,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Data of the preference stage -------------------------------------------
   data = config.data = ml_collections.ConfigDict()
-  # Training records: a file (.jsonl, .jsonl.gz, .parquet), a folder, the name
-  # of a `datasets` set, or "embedded:quickstart/train". The stage requires it.
+  # Training records: a file (.jsonl, .jsonl.gz, .parquet), a pattern, a folder,
+  # the hub name of a `datasets` set, or "embedded:quickstart/train". Required.
   data.path = config_dict.placeholder(str)
   # Records of prompts that are never trained on. None: eval_fraction of path.
   data.eval_path = config_dict.placeholder(str)
@@ -119,8 +119,9 @@ def get_config() -> ml_collections.ConfigDict:
   # is held out. A hash of prompt_id decides, so that both files hold out the
   # same prompts, and no row of a held-out prompt is trained on by any stage.
   data.eval_fraction = 0.0
-  # Layout of path: "auto", "kwise", "pairs", "nectar", "ultrafeedback",
-  # "rewards", "nemo", "hh", "unpaired" or "sft".
+  # Layout of path: "native", "pairs", "nectar", "ultrafeedback",
+  # "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens" or "auto"
+  # (each row by its columns).
   data.format = "auto"
   # Layout of eval_path, likewise.
   data.eval_format = "auto"

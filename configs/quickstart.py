@@ -26,6 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.eval_path = "embedded:quickstart/eval"
   config.data.max_prompt_length = 64
   config.data.max_completion_length = 64
+  config.data.stream_length = 384
   config.sft.data_path = "embedded:quickstart/sft"
   config.sft.num_steps = 900
   config.sft.optimizer.learning_rate = 2e-3

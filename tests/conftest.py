@@ -24,6 +24,29 @@ SHARED = pathlib.Path(
     os.environ.get("MCPO_SHARED", ROOT.parent / "shared")
 ).resolve()
 
+# Words; a test that skips with one of them in its reason fails instead.
+REQUIRED = tuple(filter(None, os.environ.get("MCPO_REQUIRE", "").split(",")))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+  return _refuse_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+  return _refuse_skip((yield))
+
+
+def _refuse_skip(report):
+  """A skip that MCPO_REQUIRE forbids becomes a failure, with its reason."""
+  if report.skipped and isinstance(report.longrepr, tuple):
+    reason = report.longrepr[2]
+    if any(word in reason for word in REQUIRED):
+      report.outcome = "failed"
+      report.longrepr = f"MCPO_REQUIRE={','.join(REQUIRED)}: {reason}"
+  return report
+
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:

@@ -21,7 +21,7 @@ import pathlib
 import random
 from collections.abc import Iterator
 
-from mcpo_jax.data.records import Record
+from mcpo_jax.data.readers import Record
 
 PATTERNS_PATH = pathlib.Path(__file__).with_name("quickstart_patterns.json")
 SPLITS = ("train", "sft", "eval")
@@ -175,7 +175,8 @@ def _meanings(values) -> list[dict[str, str]]:
   rng = random.Random("quickstart meanings")
   found = {}
   while len(found) < NUM_TRAIN + NUM_EVAL:
-    slots = set(rng.sample([s for s in SLOTS if s != "name"], rng.randint(4, 7)))
+    others = [slot for slot in SLOTS if slot != "name"]
+    slots = set(rng.sample(others, rng.randint(4, 7)))
     meaning = {
         slot: rng.choice(values[slot])
         for slot in SLOTS

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Sets everything up and trains, aligns, evaluates and exports a small model on
+# the CPU. The same command again resumes.
+#
+# Usage: bash launch/quickstart.sh [--config.seed=1 ...]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash launch/setup.sh
+exec "${MCPO_VENV:-.venv}/bin/python" -m mcpo_jax train \
+  --config=configs/quickstart.py --workdir=runs/quickstart "$@"

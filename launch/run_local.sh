@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Runs one config on this machine, on all the devices that JAX sees.
+#
+# Usage: CONFIG=configs/e2e.py WORKDIR=runs/e2e bash launch/run_local.sh \
+#            [--config.seed=1 ...]
+# Environment: EXTRA=cuda or tpu installs JAX for that accelerator first.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+: "${CONFIG:?the config file}"
+: "${WORKDIR:?the folder of the run}"
+
+bash launch/setup.sh "${EXTRA:-}"
+exec "${MCPO_VENV:-.venv}/bin/python" -m mcpo_jax train \
+  --config="$CONFIG" --workdir="$WORKDIR" "$@"
