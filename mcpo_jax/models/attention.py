@@ -6,6 +6,7 @@ No mask of stream by stream is ever stored: each block of queries makes its own
 from slots and positions and meets only the keys that can stand before it.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -53,53 +54,52 @@ def attend(
   """
   if one_by_one is None:
     one_by_one = jax.default_backend() == "cpu" and jax.device_count() == 1
-
-  def one(args):
-    return _attend_stream(*args, window, scale, softcap)
-
+  # over(f, xs, shared) is f(x, *shared) for every x of axis 0 of xs.
   if one_by_one:
-    return jax.lax.map(one, (q, k, v, slots))
-  return jax.vmap(lambda *args: one(args))(q, k, v, slots)
+    over = lambda f, xs, *shared: jax.lax.map(lambda x: f(x, *shared), xs)
+  else:
+    over = lambda f, xs, *shared: jax.vmap(lambda x: f(x, *shared))(xs)
+  head = functools.partial(
+      _attend_head, window=window, scale=scale, softcap=softcap
+  )
+  stream = functools.partial(_attend_stream, jax.checkpoint(head), over)
+  return over(stream, (q, k, v, slots))
 
 
-def _attend_stream(q, k, v, slots, window, scale, softcap):
+def _attend_stream(head, over, stream):
   """One stream: q [T, H, E], k and v [T, N, E], slots [T] -> [T, H, E]."""
-  length = q.shape[0]
+  q, k, v, slots = stream
+  length, heads, width = q.shape
+  kv_heads = k.shape[1]
+  q = q.reshape(length, kv_heads, heads // kv_heads, width)
+  q = q.transpose(1, 2, 0, 3)  # [N, G, T, E]
+  # With keys and values as [N, E, T] every product of the backward pass has a
+  # form that XLA:CPU runs fast (1.7 times as fast in all as [N, T, E]).
+  k, v = (x.transpose(1, 2, 0) for x in (k, v))
   block = max(QUERY_BLOCK, -(-length // MAX_BLOCKS))
-  k, v = (jnp.swapaxes(x, 0, 1) for x in (k, v))  # [N, T, E]
-  attend_block = jax.checkpoint(_attend_block, static_argnums=(6, 7))
   out = []
   for start in range(0, length, block):
     stop = min(start + block, length)
     queries = Slots(*(x[start:stop] for x in slots))
     keys = Slots(*(x[:stop] for x in slots))
-    out.append(
-        attend_block(
-            q[start:stop], k[:, :stop], v[:, :stop],
-            queries, keys, window, scale, softcap,
-        )
-    )
-  return jnp.concatenate(out)
+    block_of_heads = (q[:, :, start:stop], k[..., :stop], v[..., :stop])
+    out.append(over(head, block_of_heads, queries, keys))
+  out = jnp.concatenate(out, axis=2)  # [N, G, T, E]
+  return out.transpose(2, 0, 1, 3).reshape(length, heads, width)
 
 
-def _attend_block(q, k, v, queries, keys, window, scale, softcap):
-  """A block of queries [Q, H, E] against the keys [N, T, E] up to its end."""
-  num_queries, heads, width = q.shape
-  kv_heads, num_keys, _ = k.shape
-  groups = heads // kv_heads
-  q = q.reshape(num_queries, kv_heads, groups, width).transpose(1, 2, 0, 3)
-  q = q.reshape(kv_heads, groups * num_queries, width)
-  visible = visibility(queries, keys, window)  # [Q, T]
-
-  scores = jnp.einsum(
-      "nqe,nte->nqt", q, k, preferred_element_type=_wide(q.dtype)
+def _attend_head(qkv, queries, keys, *, window, scale, softcap):
+  """A block of queries [G, Q, E] of one key-value head, keys up to its end."""
+  q, k, v = qkv
+  groups, num_queries, width = q.shape
+  scores = jnp.matmul(
+      q.reshape(-1, width), k, preferred_element_type=_wide(q.dtype)
   )
-  scores = scores.reshape(kv_heads, groups, num_queries, num_keys)
-  weights = _softmax(scores, visible[None, None], scale, softcap)
-  weights = weights.reshape(kv_heads, groups * num_queries, num_keys)
-  out = jnp.einsum("nqt,nte->nqe", weights.astype(v.dtype), v)
-  out = out.reshape(kv_heads, groups, num_queries, width)
-  return out.transpose(2, 0, 1, 3).reshape(num_queries, heads, width)
+  scores = scores.reshape(groups, num_queries, -1)
+  visible = visibility(queries, keys, window)  # [Q, T]
+  weights = _softmax(scores, visible[None], scale, softcap)
+  out = weights.astype(v.dtype).reshape(groups * num_queries, -1) @ v.T
+  return out.reshape(groups, num_queries, width)
 
 
 def visibility(queries: Slots, keys: Slots, window: jax.Array) -> jax.Array:
