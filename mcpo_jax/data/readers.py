@@ -26,7 +26,7 @@ class Record(NamedTuple):
   completions: list[str | Messages]
   scores: list[float] | None  # higher is better
   preferred: int | None  # index of the preferred completion
-  prompt_id: str  # the row's own, or a hash of prompt and completions
+  prompt_id: str  # the row's own, or a hash of the prompt
   sources: list[str] | None
   columns: dict[str, Any]  # further columns, for reward functions
   where: str  # "file:line"
@@ -140,9 +140,9 @@ def _completion(value: Any, where: str, field: str) -> str | Messages:
   return value
 
 
-def hash_id(*parts: Any) -> str:
-  """A name for a row that brings none: 16 hex digits of its content."""
-  text = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=str)
+def hash_id(content: Any) -> str:
+  """16 hex digits of some JSON; of the prompt, a name where none is given."""
+  text = json.dumps(content, ensure_ascii=False, sort_keys=True, default=str)
   return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
@@ -162,7 +162,7 @@ def _record(
                 "completions", got=0, want="at least 1")
   identity = row.get("prompt_id")
   if identity is None:
-    identity = hash_id(prompt, completions)
+    identity = hash_id(prompt)
   elif not isinstance(identity, str | int):
     raise _fail("data.field_type", "a field has the wrong type", where,
                 "prompt_id", got=type(identity).__name__, want="text")
@@ -512,7 +512,7 @@ def read_tokens(row: dict[str, Any], where: str) -> Record:
   record = read_native(row | {"prompt": "tokens", "completions": names}, where)
   return record._replace(
       prompt="", completions=[""] * len(ids),
-      prompt_id=str(row.get("prompt_id") or hash_id(prompt, ids)),
+      prompt_id=str(row.get("prompt_id") or hash_id(prompt)),
       columns=record.columns | {"completion_masks": masks})
 
 
