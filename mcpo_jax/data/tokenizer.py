@@ -77,6 +77,9 @@ class Tokenizer:
       lets them be control tokens.
     bos: "auto" asks that BOS stands once where the tokenizer adds one, "add"
       puts it there, "none" does not look.
+    adds_bos: whether plain text gets BOS from the tokenizer itself.
+    prefixes_space: whether it puts a blank before a text (SentencePiece).
+    controls: finds control tokens that are spelled out in a text.
     end_id: the token that ends a completion.
     counts: what was met so far ("special_token_text", "folded_system").
   """
@@ -91,7 +94,7 @@ class Tokenizer:
   bos: str
   adds_bos: bool
   prefixes_space: bool
-  controls: tuple[str, ...]
+  controls: re.Pattern[str] | None
   end_id: int
   counts: collections.Counter
 
@@ -153,8 +156,7 @@ class Tokenizer:
     Raises:
       DataError: data.chat_template, data.bos.
     """
-    messages, text = self._open(prompt, tools, where)
-    del messages
+    _, text = self._open(prompt, tools, where)
     return self._prompt_ids(text, where)
 
   def encode_record(self, record: Record) -> Encoded:
@@ -178,13 +180,13 @@ class Tokenizer:
                     if m["role"] == "assistant"), len(prompt))
       prompt, earlier = prompt[:start], prompt[start:]
     messages, text = self._open(prompt, tools, where)
-    outs = [
-        self._completion(messages, text, earlier, completion, tools,
+    probes: dict[int, str] = {}
+    pieces = [
+        self._completion(messages, text, earlier, completion, tools, probes,
                          f"{where}, completions[{k}]")
         for k, completion in enumerate(record.completions)
     ]
-    return Encoded(self._prompt_ids(text, where), [ids for ids, _ in outs],
-                   [mask for _, mask in outs])
+    return Encoded(self._prompt_ids(text, where), *self._join(pieces))
 
   def joint_differs(self, encoded: Encoded, k: int) -> bool:
     """Whether tokenising prompt and completion k as one text merges them."""
@@ -249,9 +251,9 @@ class Tokenizer:
         raise errors.DataError(
             "data.encoding", "the text holds the noncharacter U+FDD0",
             where=where)
-      if self.special_text == "control" or not self.controls:
+      if self.special_text == "control" or self.controls is None:
         return value
-      text, count = self._control_pattern.subn(
+      text, count = self.controls.subn(
           lambda m: m[0][0] + _BREAK + m[0][1:], value)
       self.counts["special_token_text"] += count
       return text
@@ -262,16 +264,22 @@ class Tokenizer:
       return [self._plain(v, where) for v in value]
     return value
 
-  @property
-  def _control_pattern(self) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(c) for c in self.controls))
-
   # Completions.
 
   def _completion(
-      self, messages, opened, earlier, completion, tools, where
-  ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [C] and scored mask [C] of one completion."""
+      self, messages, opened, earlier, completion, tools, probes, where
+  ) -> list[_Piece]:
+    """The text of one completion, in pieces that are scored or not.
+
+    Args:
+      messages, opened: the prompt and its rendered text.
+      earlier: turns before the completion that are not in the prompt.
+      completion: text or turns.
+      tools: for the template.
+      probes: rendered assistant turns after `earlier`, shared by the
+        completions of a record.
+      where: for errors.
+    """
     turns = [*earlier]
     turns += (completion if isinstance(completion, list) else
               [{"role": "assistant", "content": completion}])
@@ -281,14 +289,15 @@ class Tokenizer:
             "data.chat_template", "several turns need a chat template",
             where=where, hint="set data.chat_template")
       text = self._plain(turns[0]["content"], where)
-      pieces = [*self._reasoned("", text, "", where),
-                _Piece("", True, self.end_id)]
-    else:
-      pieces = self._turn_pieces(
-          messages, opened, self._plain(turns, where), tools, where)
-    return self._join(pieces)
+      return [*self._reasoned("", text, "", where),
+              _Piece("", True, self.end_id)]
+    return self._turn_pieces(
+        messages, opened, self._plain(turns, where), tools,
+        probes if isinstance(completion, str) else {}, where)
 
-  def _turn_pieces(self, messages, done, turns, tools, where) -> list[_Piece]:
+  def _turn_pieces(
+      self, messages, done, turns, tools, probes, where
+  ) -> list[_Piece]:
     """Spans of all turns after the prompt, context unscored between them."""
     pieces = []
     for j, turn in enumerate(turns):
@@ -302,9 +311,11 @@ class Tokenizer:
       called = bool(turn.get("tool_calls"))
       if not called:
         probe = {**turn, "content": _PROBE}
-      full = self._render([*history, probe], tools, where,
-                          add_generation_prompt=False)
-      said = _suffix(full, before, where)
+      if called or j not in probes:
+        full = self._render([*history, probe], tools, where,
+                            add_generation_prompt=False)
+        probes[j] = _suffix(full, before, where)
+      said = probes[j]
       if called:
         body, tail, end = self._cut_end(said, search_last=True)
         pieces += [_Piece(body, True), _Piece("", True, end)]
@@ -325,8 +336,8 @@ class Tokenizer:
 
   def _cut_end(self, text: str, *, search_last: bool) -> tuple[str, str, int]:
     """(text before the end-of-turn, its string, its id) of a turn's text."""
-    if self.controls:
-      marks = list(self._control_pattern.finditer(text))
+    if self.controls is not None:
+      marks = list(self.controls.finditer(text))
       if marks:
         mark = marks[-1 if search_last else 0]
         if not search_last or not text[mark.end() :].strip():
@@ -359,7 +370,10 @@ class Tokenizer:
   # Ids.
 
   def _prompt_ids(self, text: str, where: str) -> np.ndarray:
-    ids = self._text_ids(text, first=True)
+    head, *broken = text.split(_BREAK)
+    ids = self._encode([head])[0]
+    for more in self._inner_ids(broken):
+      ids = ids + more
     bos = self.bos_id
     wanted = bos is not None and self.adds_bos and self.bos != "none"
     if wanted and ids[:1] != [bos] and (
@@ -373,31 +387,41 @@ class Tokenizer:
           hint="correct the chat template, or set tokenizer.bos")
     return np.array(ids, np.int64)
 
-  def _join(self, pieces: list[_Piece]) -> tuple[np.ndarray, np.ndarray]:
-    ids, mask = [], []
-    for piece in pieces:
-      new = self._text_ids(piece.text, first=False) if piece.text else []
-      new += [] if piece.end is None else [piece.end]
-      ids += new
-      mask += [piece.scored] * len(new)
-    return np.array(ids, np.int64), np.array(mask, bool)
+  def _join(
+      self, completions: list[list[_Piece]]
+  ) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Ids and scored masks of completions that are given in pieces."""
+    encoded = iter(self._inner_ids(
+        [piece.text for pieces in completions for piece in pieces]))
+    all_ids, masks = [], []
+    for pieces in completions:
+      ids, mask = [], []
+      for piece in pieces:
+        new = next(encoded)
+        if piece.end is not None:
+          new = [*new, piece.end]
+        ids += new
+        mask += [piece.scored] * len(new)
+      all_ids.append(np.array(ids, np.int64))
+      masks.append(np.array(mask, bool))
+    return all_ids, masks
 
-  def _text_ids(self, text: str, *, first: bool) -> list[int]:
-    """Ids of a text; cut where control text was broken."""
-    parts = [p for p in text.split(_BREAK) if p]
-    if not self.prefixes_space:
-      return sum(self._encode(parts), [])
-    # A SentencePiece model puts a blank before what it takes for the start of
-    # a text. Behind an anchor it does not: "\n" is a token of its own there.
-    ids = []
-    for i, part in enumerate(parts):
-      if first and not i:
-        ids += self._encode([part])[0]
-        continue
-      anchor, whole = self._encode(["\n", "\n" + part])
-      ids += whole[len(anchor):] if whole[: len(anchor)] == anchor else (
-          self._encode([part])[0])
-    return ids
+  def _inner_ids(self, texts: list[str]) -> list[list[int]]:
+    """Ids of texts that do not begin a sequence; cut at broken control text.
+
+    A SentencePiece model puts a blank before what it takes for the beginning.
+    Behind an anchor it does not: there a line feed is a token of its own.
+    """
+    parts = [[p for p in text.split(_BREAK) if p] for text in texts]
+    flat = [p for part in parts for p in part]
+    if self.prefixes_space:
+      anchor, *ids = self._encode(["\n", *("\n" + p for p in flat)])
+      ids = [i[len(anchor):] if i[: len(anchor)] == anchor
+             else self._encode([p])[0] for i, p in zip(ids, flat)]
+    else:
+      ids = self._encode(flat)
+    rest = iter(ids)
+    return [[i for _ in part for i in next(rest)] for part in parts]
 
   def _encode(self, texts: list[str]) -> list[list[int]]:
     batch = self.hf.backend_tokenizer.encode_batch(
@@ -520,7 +544,8 @@ def load_tokenizer(
       scored=scored, special_text=special_text, bos=bos,
       adds_bos=hf("a")["input_ids"][0] == hf.bos_token_id,
       prefixes_space=first.startswith("▁"),
-      controls=tuple(sorted(controls, key=lambda c: (-len(c), c))),
+      controls=re.compile("|".join(re.escape(c) for c in sorted(
+          controls, key=lambda c: (-len(c), c)))) if controls else None,
       end_id=hf.eos_token_id, counts=collections.Counter())
   if template is None:
     return tokenizer
