@@ -1,0 +1,524 @@
+"""Hugging Face folders: find them, read them, write them.
+
+Weights go from file to device shard by shard and back, so no host holds the
+whole model. The names of the tensors are a table.
+"""
+
+import hashlib
+import json
+import logging
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from mcpo_jax import commit, errors, sharding
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder
+from mcpo_jax.models.config import ModelConfig
+from mcpo_jax.models.shards import INDEX, SINGLE, Shards, read_json
+from mcpo_jax.types import Params
+
+logger = logging.getLogger(__name__)
+
+# Our path -> theirs. A kernel is stored [out, in] there and [in, out] here.
+_NAMES = {
+    "embed/embedding": "model.embed_tokens.weight",
+    "final_norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+    "attention_norm/scale": "input_layernorm.weight",
+    "mlp_norm/scale": "post_attention_layernorm.weight",
+    **{
+        f"attention/{name}_proj/{ours}": f"self_attn.{name}_proj.{theirs}"
+        for name in "qkvo"
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+    **{
+        f"attention/{name}_norm/scale": f"self_attn.{name}_norm.weight"
+        for name in "qk"
+    },
+    **{
+        f"mlp/{name}_proj/{ours}": f"mlp.{name}_proj.{theirs}"
+        for name in ("gate", "up", "down")
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias"))
+    },
+}
+# Families with norms before and after each part give the same name to another
+# norm than the rest.
+_POST_NORM_NAMES = {
+    **_NAMES,
+    "post_attention_norm/scale": "post_attention_layernorm.weight",
+    "mlp_norm/scale": "pre_feedforward_layernorm.weight",
+    "post_mlp_norm/scale": "post_feedforward_layernorm.weight",
+}
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$")  # old exports; computed here
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+
+
+# --- finding ------------------------------------------------------------------
+
+
+def resolve_model(path: str, revision: str | None = None) -> pathlib.Path:
+  """The local folder of a model.
+
+  Args:
+    path: a folder, or a name on the hub, "owner/name".
+    revision: branch, tag or commit of a hub name. It is resolved to a commit
+      once; the name of the folder that comes back is that commit.
+
+  Raises:
+    ModelDirError: `hf.path`, `hf.gated`, `hf.missing`, `hf.unauthorised`,
+      `hf.revision`, each with the page to visit; `hf.hub` without a network.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
+    raise errors.ModelDirError(
+        "hf.path", "there is no such folder", where=str(path),
+        want="a folder or a hub name such as owner/name",
+    )
+  import huggingface_hub as hub  # imports slowly, needed for hub names only
+  import huggingface_hub.errors as hub_errors
+
+  page = f"https://huggingface.co/{path}"
+
+  def refuse(slug, message, visit):
+    return errors.ModelDirError(
+        slug, message, where=str(path), got=revision, hint=f"visit {visit}"
+    )
+
+  try:
+    sha = hub.HfApi().repo_info(path, revision=revision, timeout=10).sha
+    return pathlib.Path(
+        hub.snapshot_download(
+            path, revision=sha, allow_patterns=list(_HUB_FILES)
+        )
+    )
+  except hub_errors.GatedRepoError:
+    raise refuse(
+        "hf.gated", "the repository asks for its terms to be accepted", page
+    ) from None
+  except hub_errors.RevisionNotFoundError:
+    raise refuse(
+        "hf.revision", "the repository has no such revision", f"{page}/commits"
+    ) from None
+  except hub_errors.HfHubHTTPError as error:
+    status = error.response.status_code
+    if status in (401, 403):
+      raise refuse(
+          "hf.unauthorised",
+          "the repository is private or does not exist, and no valid token"
+          " was sent; set HF_TOKEN",
+          "https://huggingface.co/settings/tokens",
+      ) from None
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+      raise refuse(
+          "hf.missing", "there is no such repository (or folder)", page
+      ) from None
+    raise refuse("hf.hub", f"the hub answered {status}", page) from None
+  except OSError as error:  # no network, or offline mode
+    reason = type(error).__name__
+  except Exception as error:
+    # Errors of the HTTP client, which is another one in each hub version.
+    if "Connect" not in type(error).__name__ and "Timeout" not in type(
+        error
+    ).__name__:
+      raise
+    reason = type(error).__name__
+  try:
+    return pathlib.Path(
+        hub.snapshot_download(path, revision=revision, local_files_only=True)
+    )
+  except OSError:
+    raise refuse(
+        "hf.hub",
+        f"the hub cannot be reached ({reason}) and the model is not in the"
+        " local cache; give a local folder, or check the network and"
+        " HF_HUB_OFFLINE",
+        page,
+    ) from None
+
+
+# --- reading ------------------------------------------------------------------
+
+
+def load_config(path: str | pathlib.Path) -> ModelConfig:
+  """Reads config.json; generation_config.json only for ids that it leaves out.
+
+  Raises:
+    ModelDirError: `hf.config`, `hf.feature`, `hf.dtype`, `hf.remote_code`.
+  """
+  folder = pathlib.Path(path)
+  raw = read_json(folder, "config.json", "hf.config")
+  where = str(folder / "config.json")
+  if raw.get("model_type") not in config_lib.FAMILIES and "auto_map" in raw:
+    raise errors.ModelDirError(
+        "hf.remote_code",
+        "the model brings its own code, which is never run",
+        where=where,
+        got=raw.get("model_type"),
+        want=f"one of {', '.join(config_lib.FAMILIES)}",
+    )
+  if (folder / "generation_config.json").exists():
+    extra = read_json(folder, "generation_config.json", "hf.config")
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+      ours, theirs = raw.get(key), extra.get(key)
+      if ours is None:
+        raw[key] = theirs
+      elif theirs is not None and ours != theirs:
+        logger.warning(
+            "%s: %s is %s there and %s in generation_config.json; the former"
+            " holds", where, key, ours, theirs,
+        )
+  return config_lib.from_hf(raw, where=where)
+
+
+def check_tokenizer(path: str | pathlib.Path, config: ModelConfig) -> None:
+  """Compares the ids of tokenizer.json with the rows of the embedding.
+
+  Raises:
+    ModelDirError: `hf.tokenizer`, `hf.vocab`.
+  """
+  folder = pathlib.Path(path)
+  raw = read_json(folder, "tokenizer.json", "hf.tokenizer")
+  try:
+    vocab = raw["model"]["vocab"]
+    ids = (
+        list(vocab.values()) if isinstance(vocab, dict)
+        else list(range(len(vocab)))
+    )
+    ids += [token["id"] for token in raw.get("added_tokens") or []]
+    size = max(ids) + 1
+  except (KeyError, TypeError, ValueError):
+    raise errors.ModelDirError(
+        "hf.tokenizer", "tokenizer.json has no vocabulary", where=str(folder)
+    ) from None
+  if size > config.vocab_size:
+    raise errors.ModelDirError(
+        "hf.vocab",
+        "the tokenizer has more ids than the embedding has rows",
+        where=str(folder / "tokenizer.json"),
+        got=size,
+        want=f"at most {config.vocab_size}",
+    )
+  special = (config.bos_token_id, *config.eos_token_ids, config.pad_token_id)
+  wrong = [i for i in special if i is not None and i not in set(ids) | {-1}]
+  if wrong or not config.eos_token_ids:
+    raise errors.ModelDirError(
+        "hf.tokenizer",
+        "config.json names a special id that the tokenizer does not have"
+        if wrong
+        else "no EOS id is named",
+        where=str(folder / "config.json"),
+        got=wrong or None,
+    )
+
+
+def load_params(
+    path: str | pathlib.Path,
+    config: ModelConfig,
+    *,
+    shardings: Any = None,
+    dtype: Any = jnp.float32,
+) -> Params:
+  """Reads the weights straight into the shards of each device.
+
+  Args:
+    path: a folder with safetensors, one file or many with an index.
+    config: from load_config.
+    shardings: tree of shardings as of the parameters; None: one device.
+    dtype: of the parameters, whatever the file has.
+
+  Returns:
+    Parameters as decoder.init_params makes them.
+
+  Raises:
+    ModelDirError: `hf.tensor`, `hf.tied`, `hf.vocab`, `hf.non_finite`, and
+      those of shards.Shards.
+  """
+  folder = pathlib.Path(path)
+  shards = Shards(folder)
+  shapes = decoder.param_shapes(config, dtype=dtype)
+  _check_tensors(shards, config, shapes)
+  if shardings is None:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: one, shapes)
+
+  def load(path, shape, placed):
+    names, transposed = _tensors_of(sharding.path_name(path), config)
+
+    def read_one(name, index):
+      if transposed:
+        return shards.read(name, index[::-1]).T.astype(shape.dtype)
+      return shards.read(name, index).astype(shape.dtype)
+
+    def read(index):
+      if not _stacked(path):
+        return read_one(names[0], index)
+      return np.stack([read_one(name, index[1:]) for name in names[index[0]]])
+
+    return jax.make_array_from_callback(shape.shape, placed, read)
+
+  return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def _stacked(path: tuple) -> bool:
+  return path[0].key == "layers"
+
+
+def _tensors_of(name: str, config: ModelConfig) -> tuple[list[str], bool]:
+  """The tensors that make a parameter, one a layer, and if each is turned."""
+  table = _POST_NORM_NAMES if config.post_norms else _NAMES
+  transposed = name.endswith("/kernel")
+  if not name.startswith("layers/"):
+    return [table[name]], transposed
+  theirs = table[name.removeprefix("layers/")]
+  return (
+      [f"model.layers.{i}.{theirs}" for i in range(config.num_layers)],
+      transposed,
+  )
+
+
+def _expected(
+    config: ModelConfig, shapes: Params
+) -> Iterator[tuple[str, tuple[int, ...], tuple, int | None]]:
+  """(tensor name, its shape, our path, layer) of all tensors, in order."""
+  for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
+    names, transposed = _tensors_of(sharding.path_name(path), config)
+    sizes = shape.shape[1:] if _stacked(path) else shape.shape
+    sizes = sizes[::-1] if transposed else sizes
+    for layer, name in enumerate(names):
+      yield name, sizes, path, layer if _stacked(path) else None
+
+
+def _check_tensors(shards: Shards, config: ModelConfig, shapes: Params) -> None:
+  expected = {name: size for name, size, _, _ in _expected(config, shapes)}
+  embedding = _NAMES["embed/embedding"]
+  found = shards.shapes.get(embedding)
+  if found and found[0] != config.vocab_size:
+    raise errors.ModelDirError(
+        "hf.vocab", "the embedding has not vocab_size rows",
+        where=shards.where(embedding), got=found[0],
+        want=f"vocab_size {config.vocab_size}",
+    )
+  for name, size in expected.items():
+    if name not in shards.shapes:
+      raise errors.ModelDirError(
+          "hf.tensor", "a tensor is missing", where=name, want=size
+      )
+    if shards.shapes[name] != size:
+      raise errors.ModelDirError(
+          "hf.tensor", "a tensor has not the shape that config.json says",
+          where=shards.where(name), got=shards.shapes[name], want=size,
+      )
+  head = _NAMES["lm_head/kernel"]
+  for name in sorted(set(shards.shapes) - set(expected)):
+    if name == head and config.tied_head:
+      _check_tied(shards, embedding, head)
+    elif not _IGNORED.search(name):
+      raise errors.ModelDirError(
+          "hf.tensor", "a tensor is not expected", where=shards.where(name),
+          got=shards.shapes[name],
+      )
+
+
+def _check_tied(shards: Shards, embedding: str, head: str) -> None:
+  """A head that is stored beside the flag that ties it must be the same."""
+  same = shards.shapes[head] == shards.shapes[embedding]
+  for start in range(0, shards.shapes[embedding][0] if same else 0, 4096):
+    rows = (slice(start, start + 4096), slice(None))
+    one, other = shards.read(head, rows), shards.read(embedding, rows)
+    same &= np.array_equal(one, other)
+  if not same:
+    raise errors.ModelDirError(
+        "hf.tied", "tie_word_embeddings is true, but the head that is stored"
+        " differs from the embedding", where=shards.where(head),
+    )
+
+
+# --- writing ------------------------------------------------------------------
+
+
+def save_params(
+    path: str | pathlib.Path,
+    params: Params,
+    config: ModelConfig,
+    *,
+    tokenizer_dir: str | pathlib.Path | None = None,
+    stop_ids: tuple[int, ...] = (),
+    card: str = "",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+  """Writes a folder that transformers loads, all or nothing.
+
+  Every file of weights is read back and compared with the weights in memory
+  before the folder gets its name; an existing folder stays until then. All
+  processes call it; the first one writes.
+
+  Args:
+    path: the folder.
+    params: as of decoder.init_params; their dtype is the dtype of the files.
+    config: of these parameters.
+    tokenizer_dir: where the tokenizer's files and the chat template are.
+    stop_ids: further ids that end a completion, for generation_config.json.
+    card: text for README.md, below what is said there of the architecture.
+    max_shard_bytes: above it the weights are cut into several files.
+
+  Raises:
+    ModelDirError: `hf.export`, if the disk does not hold what was written.
+  """
+  shapes = jax.eval_shape(lambda: params)
+  groups = _plan(config, shapes, max_shard_bytes)
+  if jax.process_index():
+    for group in groups:  # takes part in gathering
+      _host_tensors(params, group)
+    return
+
+  def write(folder: pathlib.Path) -> None:
+    _write_weights(folder, params, groups)
+    _write_json(
+        folder / "config.json", config_lib.to_hf(config, dtype=_dtype(params))
+    )
+    stops = dict.fromkeys((*config.eos_token_ids, *stop_ids))
+    ids = dict(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=list(stops) or None,
+        pad_token_id=config.pad_token_id,
+    )
+    ids = {key: value for key, value in ids.items() if value is not None}
+    _write_json(folder / "generation_config.json", ids)
+    (folder / "README.md").write_text(_card(config, params, card))
+    if tokenizer_dir is not None:
+      for name in _TOKENIZER_FILES:
+        source = pathlib.Path(tokenizer_dir) / name
+        if source.exists():
+          shutil.copyfile(source, folder / name)
+
+  commit.write_folder(pathlib.Path(path), write, {"kind": "hf"})
+
+
+def _plan(config, shapes, max_bytes) -> list[list[tuple]]:
+  """Which tensors go in which file: lists of (name, path, layer)."""
+  groups, size = [[]], 0
+  for name, shape, path, layer in _expected(config, shapes):
+    leaf = shapes
+    for key in path:
+      leaf = leaf[key.key]
+    nbytes = int(np.prod(shape)) * leaf.dtype.itemsize
+    if groups[-1] and size + nbytes > max_bytes:
+      groups.append([])
+      size = 0
+    size += nbytes
+    groups[-1].append((name, path, layer))
+  return groups
+
+
+def _host_tensors(params: Params, group: list[tuple]) -> dict[str, np.ndarray]:
+  tensors = {}
+  for name, path, layer in group:
+    leaf = params
+    for key in path:
+      leaf = leaf[key.key]
+    leaf = leaf if layer is None else leaf[layer]
+    array = _to_host(leaf)
+    turned = path[-1].key == "kernel"
+    tensors[name] = np.ascontiguousarray(array.T if turned else array)
+  return tensors
+
+
+def _to_host(array: jax.Array) -> np.ndarray:
+  if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(array, tiled=True)
+  return np.asarray(array)
+
+
+def _write_weights(
+    folder: pathlib.Path, params: Params, groups: list[list[tuple]]
+) -> None:
+  weight_map, total = {}, 0
+  for number, group in enumerate(groups):
+    name = SINGLE
+    if len(groups) > 1:
+      name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+    tensors = _host_tensors(params, group)
+    safetensors.numpy.save_file(
+        tensors, folder / name, metadata={"format": "pt"}
+    )
+    written = safetensors.numpy.load_file(folder / name)
+    for tensor, array in tensors.items():
+      if written[tensor].tobytes() != array.tobytes():
+        raise errors.ModelDirError(
+            "hf.export", "the file differs from the weights in memory",
+            where=f"{name}: {tensor}", hint="check the disk",
+        )
+      weight_map[tensor] = name
+      total += array.nbytes
+  if len(groups) > 1:
+    _write_json(
+        folder / INDEX,
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
+  path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _dtype(params: Params) -> str:
+  return jax.tree.leaves(params)[0].dtype.name
+
+
+def _card(config: ModelConfig, params: Params, text: str) -> str:
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- preference-optimization
+- mcpo_jax
+---
+
+# A {config.family} model of {count:,} parameters
+
+{config.num_layers} layers of width {config.hidden_size}, \
+{config.num_heads} query and {config.num_kv_heads} key-value heads of width \
+{config.head_dim}, vocabulary {config.vocab_size}, weights in {_dtype(params)}.
+
+Written by mcpo_jax. Load it with
+`transformers.AutoModelForCausalLM.from_pretrained`.
+{text and chr(10) + text}"""
+
+
+def params_sha256(params: Params) -> str:
+  """Hex SHA-256 over the sorted paths, shapes, dtypes and bytes."""
+  digest = hashlib.sha256()
+  leaves = {
+      sharding.path_name(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  for name, leaf in sorted(leaves.items()):
+    digest.update(f"{name} {leaf.shape} {leaf.dtype.name};".encode())
+    layers = name.startswith("layers/")
+    for piece in map(leaf.__getitem__, range(len(leaf))) if layers else [leaf]:
+      digest.update(np.ascontiguousarray(_to_host(piece)).tobytes())
+  return digest.hexdigest()

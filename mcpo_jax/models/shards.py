@@ -1,0 +1,177 @@
+"""Safetensors folders: which tensor lies in which file, checked both ways.
+
+Nothing is read but headers until a slice is asked for. No pickled format is
+ever opened, no path leaves the folder.
+"""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from mcpo_jax import errors
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def read_json(folder: pathlib.Path, name: str, slug: str) -> dict[str, Any]:
+  """A JSON object of the folder; {} is never returned for a missing file."""
+  path = safe_path(folder, name)
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except FileNotFoundError:
+    raise errors.ModelDirError(
+        slug, f"{name} is missing", where=str(path)
+    ) from None
+  except (ValueError, OSError) as error:
+    raise errors.ModelDirError(
+        slug, f"{name} cannot be read as JSON: {error}", where=str(path)
+    ) from None
+  if not isinstance(content, dict):
+    raise errors.ModelDirError(
+        slug, f"{name} is not a JSON object", where=str(path)
+    )
+  return content
+
+
+def safe_path(folder: pathlib.Path, name: str) -> pathlib.Path:
+  """folder / name, if that stays inside the folder.
+
+  The hub's cache is a folder of links to its own blobs: those are inside.
+
+  Raises:
+    ModelDirError: `hf.unsafe_path`.
+  """
+  path = folder / name
+  roots = [folder.resolve()]
+  if folder.resolve().parent.name == "snapshots":
+    roots.append(folder.resolve().parent.parent / "blobs")
+  plain = re.fullmatch(r"\w[\w.-]*", name) is not None
+  if not plain or path.resolve().parent not in roots:
+    raise errors.ModelDirError(
+        "hf.unsafe_path",
+        "a file name or link leads out of the model folder",
+        where=str(folder),
+        got=name,
+    )
+  return path
+
+
+class Shards:
+  """The tensors of a folder.
+
+  Attributes:
+    shapes: tensor name -> shape.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    """Opens all headers.
+
+    Raises:
+      ModelDirError: `hf.unsafe_format`, `hf.shard_missing`, `hf.index`,
+        `hf.safetensors`, `hf.dtype`, `hf.unsafe_path`.
+    """
+    self.folder = folder
+    index = None
+    if (folder / INDEX).exists():
+      index = read_json(folder, INDEX, "hf.index").get("weight_map")
+      if not isinstance(index, dict) or not index:
+        raise errors.ModelDirError(
+            "hf.index", "the index has no weight_map", where=INDEX
+        )
+      names = sorted(set(map(str, index.values())))
+    else:
+      names = [SINGLE]
+    self._files = {name: self._open(name) for name in names}
+    self._file_of = {}
+    for name, file in self._files.items():
+      for tensor in file.keys():
+        if index is not None and index.get(tensor) != name:
+          raise errors.ModelDirError(
+              "hf.index",
+              "a shard holds a tensor that the index does not place there",
+              where=f"{name}: {tensor}",
+              got=index.get(tensor),
+              want=name,
+          )
+        self._file_of[tensor] = name
+    for tensor, name in (index or {}).items():
+      if tensor not in self._file_of:
+        raise errors.ModelDirError(
+            "hf.index",
+            "the index places a tensor in a shard that does not hold it",
+            where=f"{name}: {tensor}",
+        )
+    self.shapes = {}
+    for tensor in self._file_of:
+      piece = self._slice(tensor)
+      self.shapes[tensor] = tuple(piece.get_shape())
+      if piece.get_dtype() not in _DTYPES:
+        raise errors.ModelDirError(
+            "hf.dtype",
+            "the dtype of a tensor is not supported",
+            where=f"{self._file_of[tensor]}: {tensor}",
+            got=piece.get_dtype(),
+            want=f"one of {', '.join(_DTYPES)}",
+        )
+
+  def where(self, tensor: str) -> str:
+    """The place of a tensor, for messages."""
+    return f"{self.folder / self._file_of[tensor]}: {tensor}"
+
+  def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
+    """A slice of a tensor in its own dtype.
+
+    Raises:
+      ModelDirError: `hf.non_finite`.
+    """
+    array = self._slice(tensor)[index]
+    if not np.isfinite(array).all():
+      raise errors.ModelDirError(
+          "hf.non_finite", "a weight is NaN or infinite",
+          where=self.where(tensor),
+      )
+    return array
+
+  def _slice(self, tensor: str):
+    return self._files[self._file_of[tensor]].get_slice(tensor)
+
+  def _open(self, name: str):
+    path = safe_path(self.folder, name)
+    if not path.exists():
+      pickles = sorted(
+          p.name for p in self.folder.glob("*")
+          if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+      )
+      if pickles and name == SINGLE:
+        raise errors.ModelDirError(
+            "hf.unsafe_format",
+            "the folder has pickled weights only, which are never opened",
+            where=str(self.folder),
+            got=pickles[0],
+            want="safetensors",
+            hint="convert them with transformers: from_pretrained, then"
+            " save_pretrained",
+        )
+      raise errors.ModelDirError(
+          "hf.shard_missing", "a weights file is missing", where=str(path)
+      )
+    try:
+      return safetensors.safe_open(path, framework="numpy")
+    except (safetensors.SafetensorError, OSError) as error:
+      with open(path, "rb") as file:
+        start = file.read(64).lstrip().lower()
+      hint = "download it again"
+      if start.startswith(b"version https://git-lfs"):
+        hint = "this is a git-lfs pointer: run `git lfs pull`"
+      elif start.startswith(b"<"):
+        hint = "this is a web page, not weights: " + hint
+      raise errors.ModelDirError(
+          "hf.safetensors", f"a weights file is damaged: {error}",
+          where=str(path), hint=hint,
+      ) from None
