@@ -381,7 +381,8 @@ def read_ultrafeedback(row: dict[str, Any], where: str) -> Record:
 
   Rank direction: higher is better. The score is the mean of the numeric aspect
   ratings (1 to 5). `overall_score` is not used: in the published set some
-  answers rated 1 carry an overall_score of 10.
+  answers rated 1 carry an overall_score of 10. It is kept as the column
+  `overall_scores`, so that the audit can count what contradicts.
   """
   text = _text(_take(row, "instruction", where), where, "instruction")
   answers = _list(_take(row, "completions", where), where, "completions")
@@ -397,10 +398,12 @@ def read_ultrafeedback(row: dict[str, Any], where: str) -> Record:
                   f"{field}.annotations")
     scores.append(rating)
     sources.append(str(answer.get("model", "")))
-  return _record(
+  record = _record(
       row, where, ("instruction", "completions"),
       prompt=[{"role": "user", "content": text}], completions=completions,
       scores=scores, sources=sources)
+  overall = [answer.get("overall_score") for answer in answers]
+  return record._replace(columns=record.columns | {"overall_scores": overall})
 
 
 def read_generated_responses(row: dict[str, Any], where: str) -> Record:
