@@ -34,6 +34,7 @@ class _State(NamedTuple):
   """What the decoding loop carries."""
 
   position: Array  # [] tokens of the completions so far
+  last: Array  # [rows] int32, the newest token of each row
   caches: tuple[decoder.Cache, ...]  # one per model
   done: Array  # [rows] bool
   samples: Samples  # [rows, C] each
@@ -95,17 +96,16 @@ def make_generate_fn(
     starts = repeat(lengths)
 
     def prefill(params):
-      """One prefill per prompt; logits and cache repeated for its samples."""
+      """One prefill per prompt; its cache repeated for the samples."""
       cache = decoder.init_cache(
           config, num_prompts, length + max_completion_length, compute_dtype
       )
-      logits, cache = decoder.prefill(params, config, tokens, lengths, cache)
-      cache = decoder.Cache(
+      _, cache = decoder.prefill(params, config, tokens, lengths, cache)
+      return decoder.Cache(
           keys=_pin_rows(repeat(cache.keys, 1), batch),
           values=_pin_rows(repeat(cache.values, 1), batch),
           lengths=repeat(cache.lengths),
       )
-      return repeat(logits), cache
 
     def choose(state, logits):
       """Draws the token at state.position of every row that goes on."""
@@ -127,6 +127,7 @@ def make_generate_fn(
       )
       return state._replace(
           position=state.position + 1,
+          last=drawn,
           done=state.done | jnp.isin(drawn, stops),
           samples=jax.tree.map(
               lambda whole, x: whole.at[:, state.position].set(x),
@@ -138,31 +139,34 @@ def make_generate_fn(
     def goes_on(state):
       return (state.position < max_completion_length) & ~jnp.all(state.done)
 
-    def decode(state):
-      last = state.position - 1
+    def step(state):
+      # The first step runs the last token of the prompt again, on purpose: so
+      # there is one place that draws, and it is compiled once.
       results = [
           decoder.decode_step(
-              p, config, cache, state.samples.tokens[:, last], starts + last
+              p, config, cache, state.last, starts + state.position - 1
           )
           for p, cache in zip(params, state.caches)
       ]
       logits, caches = zip(*results)
       return choose(state._replace(caches=caches), logits)
 
-    logits, caches = zip(*(prefill(p) for p in params))
     shape = (rows, max_completion_length)
+    wide = jnp.promote_types(compute_dtype, jnp.float32)
+    final = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     state = _State(
         position=jnp.zeros((), jnp.int32),
-        caches=caches,
+        last=repeat(final),
+        caches=tuple(prefill(p) for p in params),
         done=jnp.zeros(rows, bool),
         samples=Samples(
             tokens=jnp.full(shape, pad_id, jnp.int32),
             mask=jnp.zeros(shape, bool),
-            behaviour_logps=jnp.zeros(shape, logits[0].dtype),
-            behaviour_raw_logps=jnp.zeros(shape, logits[0].dtype),
+            behaviour_logps=jnp.zeros(shape, wide),
+            behaviour_raw_logps=jnp.zeros(shape, wide),
         ),
     )
-    state = jax.lax.while_loop(goes_on, decode, choose(state, logits))
+    state = jax.lax.while_loop(goes_on, step, state)
     return jax.tree.map(
         lambda x: x.reshape(num_prompts, num_samples, -1), state.samples
     )
