@@ -88,6 +88,11 @@ def log_weights(
   some = jnp.any(candidate, axis=1, keepdims=True)
   logits = jnp.where(candidate, logits, jnp.where(some, -jnp.inf, 0.0))
   normalised = jnp.maximum(jax.nn.log_softmax(logits, axis=1), -big)
+  # Said outright: whether min and max pass NaN on depends on the backend.
+  broken = jnp.any(
+      jnp.logical_and(candidate, jnp.isnan(scores)), axis=1, keepdims=True
+  )
+  normalised = jnp.where(broken, jnp.nan, normalised)
   return jnp.where(candidate, normalised, -jnp.inf)
 
 
