@@ -45,6 +45,8 @@ DEFAULT_DATE = "2024-07-26"
 _PROBE = "zqprobeqz"
 _BREAK = "\ufdd0\ufdd1"  # noncharacters: no text for interchange holds them
 _THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+# What looks like a control token in a template: <|x|>, <start_of_x>, [INST].
+_TURN_MARK = re.compile(r"<\|[^|<>]+\|>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z]{3,}\]")
 _THINK_TAGS = ("<think>", "</think>")
 
 
@@ -258,8 +260,10 @@ class Tokenizer:
       self.counts["special_token_text"] += count
       return text
     if isinstance(value, dict):
-      return {k: v if k == "role" else self._plain(v, where)
-              for k, v in value.items()}
+      # A content of None, beside tool calls, is taken out by transformers, and
+      # templates that ask for it fail: it becomes an empty one.
+      return {k: v if k == "role" else "" if k == "content" and v is None
+              else self._plain(v, where) for k, v in value.items()}
     if isinstance(value, list):
       return [self._plain(v, where) for v in value]
     return value
@@ -581,7 +585,7 @@ def train_tokenizer(
     vocab_size: at most so many tokens, at least 256 + the control tokens.
     out_dir: folder to write.
     chat_template: text; None for DEFAULT_CHAT_TEMPLATE, "none" for none. Its
-      turn markers `<|...|>` become control tokens beside BOS, EOS and PAD.
+      turn markers (`<|user|>`, `[INST]`, ...) become control tokens beside BOS, EOS and PAD.
 
   Returns:
     `out_dir`.
@@ -597,8 +601,7 @@ def train_tokenizer(
     template = None
   special = ["<|bos|>", "<|eos|>", "<|pad|>"]
   special += dict.fromkeys(
-      m for m in re.findall(r"<\|[^|<>]+\|>", template or "")
-      if m not in special)
+      m for m in _TURN_MARK.findall(template or "") if m not in special)
   alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
   if vocab_size < len(alphabet) + len(special):
     raise errors.ConfigError(
