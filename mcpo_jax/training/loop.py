@@ -51,7 +51,17 @@ class Model(NamedTuple):
 
   def put(self, streams: types.Streams) -> types.Streams:
     """A chunk on the devices, streams split over data and fsdp."""
-    return sharding.put_streams(streams, self.mesh)
+    return sharding.put_global(streams, sharding.batch_sharding(self.mesh))
+
+  def put_replicated(self, tree: Any) -> Any:
+    """Set metadata, whole on every device."""
+    return sharding.put_global(tree, sharding.replicated(self.mesh))
+
+  def no_logps(self, batch: batch_lib.HostBatch) -> jax.Array:
+    """[B, K] zeros, to add chunks to."""
+    dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
+    return jax.device_put(jnp.zeros(batch.meta.role.shape, dtype),
+                          sharding.replicated(self.mesh))
 
   def token_logps(self, params, streams):
     """[S, T] float32; see `scoring.token_logps`."""
@@ -137,14 +147,11 @@ def run_step(
 ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
   """One update on one batch: score, draw, pack, gradient, apply."""
   if reference_logps is not None:
-    batch = batch._replace(meta=batch.meta._replace(
-        anchors={"ref": reference_logps(batch)}))
-  sets = sharding.put_replicated(batch.meta, model.mesh)
-  whole = [np.arange(len(o)) for o in batch.order]
-  logps = jnp.zeros(batch.meta.role.shape, jnp.float32)
+    batch = with_anchor(batch, reference_logps)
+  sets = model.put_replicated(batch.meta)
+  logps = model.no_logps(batch)
   if stage.scores_pool:
-    for chunk in model.pack(batch.sets, whole, batch.order):
-      logps += functions.score(state.params, model.put(chunk), sets)
+    logps = score_pool(model, functions, state.params, batch, sets)
   selection, sets, info = functions.draw(stage.seed, logps, sets)
   slots = drawn_slots(selection, batch, contrast=stage.entry.contrast)
   chunks = model.pack(batch.sets, slots, batch.order)
@@ -156,7 +163,8 @@ def run_step(
   objective_state = state.objective_state
   if not stage.scores_pool and uncut and (
       stage.entry.separable or len(chunks) == 1):
-    total = functions.zeros(state.params, sets, selection, objective_state)
+    total = functions.zeros(
+        state.params, logps, sets, selection, objective_state)
     for chunk, here in zip(chunks, present):
       total, objective_state = functions.from_loss(
           state.params, total, model.put(chunk), sets, selection,
@@ -177,6 +185,21 @@ def run_step(
   return state, metrics | info
 
 
+def score_pool(
+    model: Model,
+    functions: step_lib.StepFunctions,
+    params: types.Params,
+    batch: batch_lib.HostBatch,
+    sets: types.SetBatch,
+) -> jax.Array:
+  """[B, K] log-probs of all candidates of a batch, without gradient."""
+  logps = model.no_logps(batch)
+  everything = [list(range(len(o))) for o in batch.order]
+  for chunk in model.pack(batch.sets, everything, batch.order):
+    logps += functions.score(params, model.put(chunk), sets)
+  return logps
+
+
 def drawn_slots(
     selection: step_lib.Selection, batch: batch_lib.HostBatch, *, contrast: bool
 ) -> list[np.ndarray]:
@@ -190,6 +213,51 @@ def drawn_slots(
     used = np.unique(slots[b][mask[b]])
     out.append(used if len(used) > 1 or not contrast else used[:0])
   return out
+
+
+class HeldOut(NamedTuple):
+  """What a policy makes of held-out sets, in host arrays."""
+
+  loss: float  # of the objective, negatives drawn as at a first visit
+  logps: np.ndarray  # [N, K] nats
+  ref_logps: np.ndarray  # [N, K] nats, 0 without a reference
+  role: np.ndarray  # [N, K]
+  scores: np.ndarray  # [N, K]
+
+
+def score_held_out(
+    stage: Stage,
+    model: Model,
+    functions: step_lib.StepFunctions,
+    state: step_lib.TrainState,
+    held: list[batch_lib.HostBatch],
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
+) -> HeldOut:
+  """Scores the pools of held-out batches with the current weights."""
+  losses, rows = [], []
+  for batch in held:
+    if reference_logps is not None:
+      batch = with_anchor(batch, reference_logps)
+    sets = model.put_replicated(batch.meta)
+    logps = score_pool(model, functions, state.params, batch, sets)
+    selection, drawn, _ = functions.draw(stage.seed, logps, sets)
+    loss, _ = functions.evaluate(logps, drawn, selection, state.objective_state)
+    seen = batch.meta.candidate_mask[:, 0]
+    losses.append(np.asarray(loss)[seen])
+    ref = batch.meta.anchors.get("ref", np.zeros_like(batch.meta.scores))
+    rows.append(tuple(x[seen] for x in (
+        np.asarray(logps), ref, batch.meta.role, batch.meta.scores)))
+  return HeldOut(float(np.mean(np.concatenate(losses))),
+                 *map(np.concatenate, zip(*rows)))
+
+
+def with_anchor(
+    batch: batch_lib.HostBatch,
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray],
+) -> batch_lib.HostBatch:
+  """The batch with anchors["ref"] filled."""
+  return batch._replace(meta=batch.meta._replace(
+      anchors={"ref": reference_logps(batch)}))
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -224,7 +292,9 @@ def train(
     *,
     meta: dict[str, Any],
     reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None = None,
-    evaluate: Callable[[types.Params, int], dict[str, float]] | None = None,
+    evaluate: Callable[
+        [step_lib.StepFunctions, step_lib.TrainState], dict[str, float]
+    ] | None = None,
 ) -> tuple[types.Params, int]:
   """Trains one stage to its last step, from wherever it stopped.
 
@@ -236,9 +306,9 @@ def train(
     writer: of metrics.
     meta: goes into every manifest; a checkpoint with other values of these
       keys is refused.
-    reference_logps: HostBatch -> [B, K], where no cache filled the anchors.
-    evaluate: (params, step) -> metrics on held-out data; "eval/loss" decides
-      what is best.
+    reference_logps: HostBatch -> [B, K] anchors, if the objective or the
+      kernel reads them.
+    evaluate: metrics on held-out data; "eval/loss" decides what is best.
 
   Returns:
     the weights (the best if `when.keep_best`) and the updates done.
@@ -268,7 +338,7 @@ def train(
   clock, tokens = time.perf_counter(), 0
   stop = step >= stage.num_steps or _patience_over(best, when)
   if step == 0 and evaluate is not None:
-    writer.write(stage.name, 0, evaluate(state.params, 0))
+    writer.write(stage.name, 0, evaluate(functions, state))
   while not stop:
     batch = make_batch(step)
     faults.point("step.before")
@@ -297,7 +367,7 @@ def train(
     last = step == stage.num_steps
     better = False
     if evaluate is not None and (step % when.evaluate_every == 0 or last):
-      values = evaluate(state.params, step)
+      values = evaluate(functions, state)
       writer.write(stage.name, step, values)
       logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
                    metrics_lib.one_line(values))
@@ -330,9 +400,15 @@ def check_same_run(
   """A checkpoint must belong to this config and this data.
 
   Raises:
+    DataError: data.changed_since_checkpoint.
     CheckpointError: ckpt.run_id, naming what differs.
   """
   for key, value in meta.items():
+    if saved.get(key) != value and key == "data":
+      raise errors.DataError(
+          "data.changed_since_checkpoint", "the training data is not what the "
+          "checkpoint was trained on", where=str(folder), got=value,
+          want=saved.get(key), hint="restore the file, or use a fresh --workdir")
     if saved.get(key) != value:
       raise errors.CheckpointError(
           "ckpt.run_id", f"the checkpoint belongs to another {key}",

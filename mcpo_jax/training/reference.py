@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from mcpo_jax import commit, errors, types
-from mcpo_jax.data import packing
+from mcpo_jax.training import batch as batch_lib
 
 ROWS_PER_SHARD = 256
 
@@ -125,6 +125,13 @@ class ReferenceCache:
     _, sums, starts = self._shards[first]
     return sums[starts[row - first, 0]:starts[row - first + 1, 0]]
 
+  def anchor(self, batch: batch_lib.HostBatch) -> np.ndarray:
+    """[B, K] float32 log-probs of a batch, 0 where there is no candidate."""
+    out = np.zeros(batch.meta.role.shape, np.float32)
+    for b, (row, slots) in enumerate(zip(batch.rows, batch.order)):
+      out[b, :len(slots)] = self.logps(int(row))[slots]
+    return out
+
   def token_logps(self, row: int) -> np.ndarray:
     """[tokens of all candidates of the row] float32."""
     first = row - row % ROWS_PER_SHARD
@@ -134,8 +141,7 @@ class ReferenceCache:
 
 def check_start(
     cache: ReferenceCache,
-    rows: np.ndarray,
-    sets: list[types.CandidateSet],
+    batch: batch_lib.HostBatch,
     token_logps: Callable[[types.Streams], np.ndarray],
     pack: Callable[..., list[types.Streams]],
     *,
@@ -149,14 +155,14 @@ def check_start(
   Raises:
     CheckpointError: ckpt.reference_gate, the difference exceeds `tolerance`.
   """
-  tokens, _, starts = score_sets(sets, token_logps, pack)
+  tokens, _, starts = score_sets(batch.sets, token_logps, pack)
   gaps = [np.abs(tokens[a:b] - cache.token_logps(int(row))).max(initial=0.0)
-          for row, (a, b) in zip(rows, zip(starts[:-1, 1], starts[1:, 1]))]
+          for row, a, b in zip(batch.rows, starts[:-1, 1], starts[1:, 1])]
   gap = float(np.max(gaps))
   if not gap <= tolerance:
     raise errors.CheckpointError(
         "ckpt.reference_gate", "policy and reference are the same weights, but "
-        "their log-probs differ", where=f"row {int(rows[np.argmax(gaps)])}",
+        "their log-probs differ", where=f"prompt_id {batch.sets[int(np.argmax(gaps))].prompt_id}",
         got=gap, want=f"<= {tolerance} nats a token",
         hint="the reference cache belongs to another code or hardware; delete "
         "it to fill it anew")

@@ -62,6 +62,7 @@ class StepFunctions(NamedTuple):
   cotangents: Callable[..., tuple[jax.Array, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def select_slots(sets: types.SetBatch, selection: Selection) -> types.SetBatch:
@@ -127,7 +128,10 @@ def make_step_functions(
   state_shapes = TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
       params=param_shapes,
-      opt_state=sharding.optimizer_shapes(tx, param_shapes, replicated),
+      opt_state=jax.tree.map(
+          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+          jax.eval_shape(tx.init, param_shapes),
+          sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes))),
       objective_state=())
   accumulator_shardings = Accumulator(
       whole(param_shapes), replicated, replicated)
@@ -142,7 +146,7 @@ def make_step_functions(
       return Selection(first, first_mask), sets, {}
     scores = jnp.zeros_like(logps)
     if score is not None:
-      scores = weights.kernel_scores(
+      scores = mc.kernel_scores(
           logps, sets.anchors.get("ref"), sets.lengths, score=score, beta=beta)
     chains, info = mc.draw(
         jax.random.key(seed), None, scores, sets, strategy=strategy,
@@ -180,8 +184,7 @@ def make_step_functions(
     aux = {name: jnp.where(present, x, 0.0) for name, x in aux.items()}
     return total, (loss, aux, objective_state)
 
-  def zeros(params, sets, selection, objective_state):
-    logps = jnp.zeros(sets.role.shape, jnp.float32)
+  def zeros(params, logps, sets, selection, objective_state):
     shapes = jax.eval_shape(loss_terms, logps, sets, selection, objective_state,
                             sets.candidate_mask[:, 0])[1][:2]
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
@@ -215,7 +218,7 @@ def make_step_functions(
 
   def update(state, total, sets, selection, objective_state):
     updates, opt_state = tx.update(total.grads, state.opt_state, state.params)
-    norm = optax.global_norm(total.grads)
+    norm = optax.tree.norm(total.grads)
     loss = jnp.sum(total.loss) / denominator(sets)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = TrainState(
@@ -239,6 +242,11 @@ def make_step_functions(
     }
     return new, metrics
 
+  def evaluate(logps, sets, selection, objective_state):
+    _, (loss, aux, _) = loss_terms(
+        logps, sets, selection, objective_state, sets.candidate_mask[:, 0])
+    return loss, aux
+
   state_shardings = whole(state_shapes)
   jit = jax.jit
   return StepFunctions(
@@ -255,6 +263,7 @@ def make_step_functions(
           replicated, accumulator_shardings, replicated)),
       from_cotangents=jit(from_cotangents, donate_argnums=1,
                           out_shardings=accumulator_shardings),
-      update=jit(update, donate_argnums=(0, 1),
+      update=jit(update, donate_argnums=0,
                  out_shardings=(state_shardings, replicated)),
+      evaluate=jit(evaluate, out_shardings=replicated),
   )

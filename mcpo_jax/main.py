@@ -1,0 +1,226 @@
+"""Command line: reads the flags and the config, calls one verb.
+
+Nothing here imports JAX before the config has been checked, so a wrong flag or
+key answers within two seconds.
+"""
+
+import ast
+import importlib.util
+import json
+import os
+import pathlib
+import sys
+from typing import Any, NamedTuple
+
+import ml_collections
+from absl import logging
+
+from mcpo_jax import errors, settings
+
+VERBS = {
+    "train": "run the stages of a config, or resume them",
+    "evaluate": "metrics of a trained workdir on held-out prompts",
+    "export": "a folder that transformers loads (--out=DIR)",
+    "audit": "the data report, before any training",
+    "score": "fill the reference cache ahead of training",
+}
+FLAGS = {
+    "config": "a Python file with get_config()",
+    "workdir": "where the run keeps its files; the same one resumes",
+    "out": "folder to export to",
+    "debug": "show tracebacks",
+    "help": "this text",
+}
+
+
+class CommandLine(NamedTuple):
+  """What was typed."""
+
+  verb: str
+  flags: dict[str, str]
+  overrides: list[tuple[str, str]]  # dotted key, text
+
+
+def usage() -> str:
+  """The help text."""
+  verbs = "\n".join(f"  {name:10} {text}" for name, text in VERBS.items())
+  flags = "\n".join(f"  --{name:10} {text}" for name, text in FLAGS.items())
+  return (f"python -m mcpo_jax VERB --config=FILE --workdir=DIR "
+          f"[--config.group.field=value ...]\n\n{verbs}\n\n{flags}")
+
+
+def parse(argv: list[str]) -> CommandLine:
+  """Splits the arguments; `--flag value` is read as `--flag=value`.
+
+  Raises:
+    ConfigError: cli.verb, cli.flag.
+  """
+  verb, flags, overrides, rest = "", {}, [], list(argv)
+  while rest:
+    word = rest.pop(0)
+    if not word.startswith("-"):
+      if verb:
+        raise errors.ConfigError("cli.flag", "unexpected word", where=word)
+      verb = word
+      continue
+    name, has_value, value = word.lstrip("-").partition("=")
+    if name == "h":
+      name = "help"
+    if name in ("debug", "help"):
+      flags[name] = value or "true"
+      continue
+    if name not in FLAGS and not name.startswith("config."):
+      raise errors.ConfigError("cli.flag", "unknown flag", where=f"--{name}",
+                               hint=settings.nearest(name, FLAGS))
+    if not has_value:
+      if not rest:
+        raise errors.ConfigError("cli.flag", "no value", where=f"--{name}",
+                                 hint=f"--{name}=VALUE")
+      value = rest.pop(0)
+    if name.startswith("config."):
+      overrides.append((name.removeprefix("config."), value))
+    else:
+      flags[name] = value
+  if "help" not in flags and verb not in VERBS:
+    raise errors.ConfigError("cli.verb", "no such verb" if verb else "no verb",
+                             got=verb or None, want=" | ".join(VERBS),
+                             hint=settings.nearest(verb, VERBS))
+  return CommandLine(verb, flags, overrides)
+
+
+def load_config(path: str) -> ml_collections.ConfigDict:
+  """Runs a config file's get_config().
+
+  Raises:
+    ConfigError: config.missing, config.untrusted_code, config.invalid.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    near = [p.name for p in file.parent.glob("*.py")] if (
+        file.parent.is_dir()) else []
+    raise errors.ConfigError("config.missing", "no such config file",
+                             where=path, hint=settings.nearest(file.name, near))
+  for foreign in ("config.json", "manifest.json", "model.safetensors"):
+    if (file.parent / foreign).exists():
+      raise errors.ConfigError(
+          "config.untrusted_code", "a config is Python code and is not run from "
+          "a model or checkpoint folder", where=path)
+  sys.path.insert(0, str(file.resolve().parent.parent))
+  spec = importlib.util.spec_from_file_location("mcpo_config", file)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    config = module.get_config()
+  except Exception as e:
+    raise errors.ConfigError(
+        "config.invalid", f"{type(e).__name__}: {e}", where=path) from e
+  return config
+
+
+def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+  """Sets one dotted key from the text that was typed, in the field's type.
+
+  Raises:
+    ConfigError: config.unknown_key with the nearest one, config.type.
+  """
+  *groups, name = key.split(".")
+  node = config
+  for group in groups:
+    node = node.get(group) if isinstance(node, ml_collections.ConfigDict) else (
+        None)
+  if not isinstance(node, ml_collections.ConfigDict) or name not in node:
+    known = settings.flatten(config.to_dict())
+    raise errors.ConfigError("config.unknown_key", "no such key", where=key,
+                             hint=settings.nearest(key, known))
+  kind = node.get_type(name)
+  if isinstance(node[name], ml_collections.ConfigDict):
+    raise errors.ConfigError("config.type", "a group, not a field", where=key,
+                             want=", ".join(f"{key}.{k}" for k in node[name]))
+  try:
+    node[name] = _convert(text, kind)
+  except (ValueError, SyntaxError, TypeError):
+    raise errors.ConfigError("config.type", "wrong type", where=key, got=text,
+                             want=kind.__name__) from None
+
+
+def _convert(text: str, kind: type) -> Any:
+  if text == "None":
+    return None
+  if kind is bool:
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if text.lower() not in words:
+      raise ValueError(text)
+    return words[text.lower()]
+  if kind in (tuple, list):
+    value = ast.literal_eval(text) if text[:1] in "([" else tuple(
+        filter(None, text.split(",")))
+    return kind(value)
+  return kind(text)
+
+
+def read_config(
+    command: CommandLine,
+) -> dict[str, Any]:
+  """The resolved config of a command: file, overrides, checks, defaults.
+
+  A workdir that holds a run's config is read if no --config was given.
+  """
+  saved = pathlib.Path(command.flags.get("workdir", ""), "config.json")
+  if "config" not in command.flags:
+    if "workdir" in command.flags and saved.is_file():
+      return json.loads(saved.read_text())["config"]
+    raise errors.ConfigError("config.missing", "no config given",
+                             where="--config", hint="--config=configs/FILE.py")
+  config = load_config(command.flags["config"])
+  found = []
+  for key, text in command.overrides:
+    try:
+      override(config, key, text)
+    except errors.ConfigError as e:
+      found.append(e)
+  if found:
+    raise found[0] if len(found) == 1 else errors.ErrorGroup(found)
+  return settings.resolve(config.to_dict())
+
+
+def run(argv: list[str]) -> None:
+  """Parses and calls the verb. Raises McpoError."""
+  command = parse(argv)
+  if "help" in command.flags:
+    print(usage())
+    return
+  config = read_config(command)
+  workdir = command.flags.get("workdir")
+  if command.verb != "audit" and not workdir:
+    raise errors.ConfigError("cli.flag", "this verb needs a workdir",
+                             where="--workdir", hint="--workdir=runs/NAME")
+  if command.verb == "export" and "out" not in command.flags:
+    raise errors.ConfigError("cli.flag", "where to export to?", where="--out",
+                             hint="--out=DIR")
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  from mcpo_jax import verbs
+
+  if command.verb == "export":
+    verbs.export(config, pathlib.Path(workdir),
+                 pathlib.Path(command.flags["out"]))
+  else:
+    getattr(verbs, command.verb)(config, pathlib.Path(workdir)
+                                 if workdir else None)
+
+
+def main() -> None:
+  """Exit codes: 0, 2..8 by kind of error (`errors`), 1 for a bug."""
+  argv = sys.argv[1:]
+  debug = any(word in ("--debug", "-debug") for word in argv)
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  try:
+    run(argv)
+  except errors.McpoError as e:
+    if debug:
+      raise
+    print(e, file=sys.stderr)
+    sys.exit(e.exit_code)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)

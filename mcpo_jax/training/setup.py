@@ -1,0 +1,286 @@
+"""From a resolved config to the objects a run is made of."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from mcpo_jax import commit, errors, settings, sharding, types
+from mcpo_jax.data import records
+from mcpo_jax.data import store as store_lib
+from mcpo_jax.data import tokenizer as tokenizer_lib
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder, hf
+from mcpo_jax.training import loop
+
+# What may differ between two launches into the same workdir.
+_FREE = ("cache_dir", "log.", "checkpoint.", "stages")
+
+
+class Run(NamedTuple):
+  """One workdir at work."""
+
+  config: dict[str, Any]  # resolved
+  workdir: pathlib.Path
+  cache: pathlib.Path
+  mesh: jax.sharding.Mesh
+  model_dir: pathlib.Path | None  # of the given weights, None: from scratch
+  tokenizer: tokenizer_lib.Tokenizer
+
+
+def digest(value: Any) -> str:
+  """Short content key of a JSON value."""
+  text = json.dumps(value, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
+  """Claims the workdir, then makes mesh and tokenizer.
+
+  Raises:
+    ConfigError, CheckpointError, ModelDirError, ResourceError.
+  """
+  claim(config, workdir)
+  cache = pathlib.Path(
+      config["cache_dir"] or os.environ.get("MCPO_CACHE")
+      or pathlib.Path.home() / ".cache" / "mcpo_jax")
+  cache.mkdir(parents=True, exist_ok=True)
+  check_devices()
+  mesh = sharding.make_mesh(**config["mesh"])
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config["data"]["num_streams"] % parts:
+    raise errors.ConfigError(
+        "config.divisible", "the streams of a chunk are split over the data and "
+        "fsdp axes", where="data.num_streams", got=config["data"]["num_streams"],
+        want=f"a multiple of data x fsdp = {parts}")
+  model_dir = None
+  if config["model"]["path"]:
+    model_dir = hf.resolve_model(
+        config["model"]["path"], config["model"]["revision"])
+  return Run(config, workdir, cache, mesh, model_dir,
+             open_tokenizer(config, workdir, model_dir))
+
+
+_locks = []  # open files; a lock ends with its process
+
+
+def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Locks the workdir and stores the resolved config, or compares with it.
+
+  Raises:
+    CheckpointError: ckpt.locked, ResourceError: ckpt.path,
+    ConfigError: config.other_run with the difference, config.version.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    lock = open(workdir / ".lock", "a+")
+  except OSError as e:
+    raise errors.ResourceError("ckpt.path", str(e), where=str(workdir)) from e
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    lock.seek(0)
+    raise errors.CheckpointError(
+        "ckpt.locked", "another process writes to this workdir",
+        where=str(workdir), got=f"process {lock.read().strip()}") from None
+  lock.truncate(0)
+  lock.write(str(os.getpid()))
+  lock.flush()
+  _locks.append(lock)
+
+  path = workdir / "config.json"
+  text = json.dumps({"version": settings.CONFIG_VERSION, "config": config},
+                    indent=1, sort_keys=True)
+  if path.exists():
+    saved = json.loads(path.read_text())
+    if saved["version"] > settings.CONFIG_VERSION:
+      raise errors.ConfigError(
+          "config.version", "saved by a newer version", where=str(path),
+          got=saved["version"], want=f"<= {settings.CONFIG_VERSION}")
+    old = settings.flatten(saved["config"])
+    new = settings.flatten(json.loads(text)["config"])
+    changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
+               for k in sorted(old.keys() | new.keys())
+               if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+    if changed:
+      raise errors.ConfigError(
+          "config.other_run", "the workdir holds a run of another config",
+          where=str(path), got="; ".join(changed[:20]),
+          hint="use a fresh --workdir, or the config of that run")
+  commit.write_file(path, text)
+
+
+def check_devices() -> None:
+  """Says which devices are used, and when an accelerator lies idle."""
+  devices = jax.devices()
+  logging.info("jax %s on %d %s device(s)", jax.__version__, len(devices),
+               devices[0].platform)
+  if devices[0].platform == "cpu" and os.environ.get(
+      "JAX_PLATFORMS", "") != "cpu":
+    for what, node, extra in (("GPU", "/dev/nvidia0", "cuda"),
+                              ("TPU", "/dev/accel0", "tpu"),
+                              ("TPU", "/dev/vfio/0", "tpu")):
+      if os.path.exists(node):
+        logging.warning(
+            "this machine has a %s, but jax sees only the CPU: "
+            "pip install 'mcpo_jax[%s]'", what, extra)
+
+
+def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
+  """The model's, the configured one, or one trained on the training text."""
+  options = config["tokenizer"]
+  path = options["path"]
+  if path is None or (model_dir and path == config["model"]["path"]):
+    path = model_dir
+  own = workdir / "tokenizer"
+  if path is None and not own.exists():
+    commit.write_folder(
+        own, lambda folder: tokenizer_lib.train_tokenizer(
+            training_texts(config), vocab_size=options["vocab_size"],
+            out_dir=folder, chat_template=options["chat_template"]), {})
+  tokenizer = tokenizer_lib.load_tokenizer(
+      str(path or own), chat_template=options["chat_template"],
+      chat_template_kwargs=json.loads(options["chat_template_kwargs"] or "{}"),
+      date=options["date"], think=config["data"]["think"])
+  if not own.exists():  # what exports carry
+    commit.write_folder(own, tokenizer.save, {})
+  return tokenizer
+
+
+def training_texts(config: dict[str, Any]) -> Iterator[str]:
+  """Prompts and completions of the first stage that trains."""
+  group = config["sft"] if "sft" in config["stages"] else config["data"]
+  path, format = (
+      (group["data_path"], group["data_format"]) if "sft" in config["stages"]
+      else (group["path"], group["format"]))
+  for record in records.read_records(path, format=format):
+    for part in (record.prompt, *record.completions):
+      if isinstance(part, str):
+        yield part
+      else:
+        yield from (turn["content"] for turn in part)
+
+
+def open_store(run: Run, path: str, format: str) -> store_lib.Store:
+  """The tokenised rows of one source, made once and kept in the cache."""
+  data = run.config["data"]
+  return store_lib.build_store(
+      [(path, format, 1.0, data["revision"])], run.tokenizer,
+      max_prompt_length=data["max_prompt_length"],
+      max_completion_length=data["max_completion_length"],
+      prompt_overlength=data["prompt_overlength"],
+      completion_overlength=data["completion_overlength"],
+      think=data["think"],
+      quarantine_path=(run.workdir / "quarantine.jsonl"
+                       if data["quarantine"] else None),
+      max_quarantined_share=data["max_quarantined_share"],
+      cache_dir=run.cache / "data")
+
+
+def held_out(data: store_lib.Store, fraction: float) -> np.ndarray:
+  """[N] bool, True on rows held out by a hash of their prompt_id."""
+  return data.example_ids[:, 0] < fraction * 2.0**32
+
+
+def open_model(
+    run: Run, start_dir: pathlib.Path | None
+) -> tuple[loop.Model, Callable[[], types.Params]]:
+  """The architecture on the mesh, and a function that gives first weights.
+
+  Args:
+    run: of this workdir.
+    start_dir: HF folder of the weights; None: random ones from the seed.
+
+  Returns:
+    model, and () -> params; every call makes fresh arrays.
+  """
+  options = run.config["model"]
+  if start_dir is not None:
+    config = hf.load_config(start_dir)
+  else:
+    config = config_lib.from_hf({
+        "model_type": options["family"],
+        "vocab_size": run.tokenizer.vocab_size,
+        "hidden_size": options["hidden_size"],
+        "intermediate_size": options["intermediate_size"],
+        "num_hidden_layers": options["num_layers"],
+        "num_attention_heads": options["num_heads"],
+        "num_key_value_heads": options["num_kv_heads"],
+        "head_dim": options["head_dim"] or (
+            options["hidden_size"] // options["num_heads"]),
+        "max_position_embeddings": options["max_position_embeddings"],
+        "rope_theta": options["rope_theta"],
+        "tie_word_embeddings": options["tie_embeddings"],
+        "bos_token_id": run.tokenizer.bos_id,
+        "eos_token_id": list(run.tokenizer.stop_ids),
+        "pad_token_id": run.tokenizer.pad_id,
+    })
+  data = run.config["data"]
+  needed = data["max_prompt_length"] + data["max_completion_length"]
+  if needed > config.max_positions:
+    raise errors.ConfigError(
+        "config.length", "max_prompt_length + max_completion_length exceeds the "
+        "model's context", where="data.max_completion_length", got=needed,
+        want=f"<= {config.max_positions}")
+  dtype = jnp.dtype(options["param_dtype"])
+  shapes = decoder.param_shapes(config, dtype=dtype)
+  shardings = sharding.infer_shardings(shapes, decoder.PARAM_RULES, run.mesh)
+  shapes = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, shardings)
+  model = loop.Model(
+      config, run.mesh, shapes, jnp.dtype(options["compute_dtype"]),
+      options["remat"], data["num_streams"], data["stream_length"],
+      run.tokenizer.pad_id)
+
+  def start() -> types.Params:
+    if start_dir is not None:
+      return hf.load_params(start_dir, config, shardings=shardings, dtype=dtype)
+    return jax.jit(
+        lambda: decoder.init_params(
+            jax.random.key(run.config["seed"]), config, dtype=dtype),
+        out_shardings=shardings)()
+
+  return model, start
+
+
+def schedule_of(config: dict[str, Any]) -> loop.Schedule:
+  """When to log, save and evaluate."""
+  checkpoint, evaluation = config["checkpoint"], config["evaluation"]
+  return loop.Schedule(
+      log_every=config["log"]["every_steps"],
+      save_every=checkpoint["every_steps"], keep=checkpoint["keep"],
+      evaluate_every=evaluation["every_steps"],
+      patience=evaluation["patience"], keep_best=checkpoint["keep_best"])
+
+
+def stage_of(
+    config: dict[str, Any], num_examples: int, *, supervised: bool
+) -> loop.Stage:
+  """The plain settings of the preference stage, or of the sft stage."""
+  if supervised:
+    group = config["sft"]
+    return loop.Stage(
+        "sft", "sft", {}, {
+            "strategy": "none", "score": None, "temperature": None,
+            "num_negatives": 1, "include_preferred": False},
+        group["optimizer"], group["num_steps"], group["batch_size"],
+        config["seed"])
+  objective = dict(config["objective"])
+  num_steps = config["num_steps"] or math.ceil(
+      num_examples * config["num_epochs"] / config["batch_size"])
+  logging.info("%d examples, %d updates of %d prompts = %.2f epochs",
+               num_examples, num_steps, config["batch_size"],
+               num_steps * config["batch_size"] / num_examples)
+  return loop.Stage(
+      "preference", objective.pop("name"), objective, config["kernel"],
+      config["optimizer"], num_steps, config["batch_size"], config["seed"])
