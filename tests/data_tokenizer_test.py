@@ -20,8 +20,8 @@ LLAMA3 = (
     "Today Date: {{ strftime_now('%d %b %Y') }}\n\n{{ system }}<|eot_id|>"
     "{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>"
     "\n\n{{ m['content'] | trim }}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>"
-    "\n\n{% endif %}")
+    "{% if add_generation_prompt %}"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}")
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}"
     "{% if m['role'] == 'user' %}[INST] {{ m['content'] }}[/INST]"
@@ -376,9 +376,8 @@ def test_deepseek_on_real_conversations(deepseek, shared):
 def test_mistral_v3_gives_the_ids_of_its_own_format(shared, tmp_path):
   transformers = pytest.importorskip("transformers")
   pytest.importorskip("sentencepiece")
-  shutil.copy(
-      shared / "tokenizers/mistral_v3/mistral_instruct_tokenizer_240323.model.v3",
-      tmp_path / "tokenizer.model")
+  [model] = (shared / "tokenizers" / "mistral_v3").glob("*.model.v3")
+  shutil.copy(model, tmp_path / "tokenizer.model")
   converted = transformers.LlamaTokenizer.from_pretrained(str(tmp_path))
   converted.save_pretrained(tmp_path / "hf")
   tok = tokenizer_lib.load_tokenizer(tmp_path / "hf", chat_template=MISTRAL)

@@ -112,7 +112,7 @@ def _scan(
         counts["boundary_merges"] += tokenizer.joint_differs(encoded, k)
 
   for path, format, _, revision in sources:
-    for record, _ in records.scan(
+    for _, record, _ in records.scan(
         path, format=format, revision=revision, counts=counts):
       counts["rows_in"] += 1
       error = record

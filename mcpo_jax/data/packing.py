@@ -3,7 +3,8 @@
 A set's prompt stands once in a stream and its candidates after it; who sees
 whom is told by `prompt_slot`, `candidate_slot` and `positions` (types.Streams).
 Sets are placed longest first; what is left of the streams is filled by sets
-that are spread over several streams of one chunk, each with the prompt again. Pure NumPy; no work per token in Python.
+that are spread over several streams of one chunk, each with the prompt again.
+Pure NumPy; no work per token in Python.
 """
 
 from typing import NamedTuple

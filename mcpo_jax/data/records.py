@@ -35,7 +35,7 @@ def scan(
     format: str = "auto",
     revision: str | None = None,
     counts: collections.Counter | None = None,
-) -> Iterator[tuple[Record | errors.DataError, bytes]]:
+) -> Iterator[tuple[str, Record | errors.DataError, bytes]]:
   """Streams records, with a DataError in the place of every bad row.
 
   Args:
@@ -45,7 +45,7 @@ def scan(
     counts: grows by the odd things met on the way (blank lines, ...).
 
   Yields:
-    (record or error, the bytes it was read from).
+    ("file:line", record or error, the bytes it was read from).
 
   Raises:
     ConfigError: config.choice for an unknown format.
@@ -59,19 +59,20 @@ def scan(
     from mcpo_jax.data import quickstart
 
     for record in quickstart.records(split):
-      yield record, b""
+      yield record.where, record, b""
     return
   for row in files.read_rows(path, revision=revision, counts=counts):
     if isinstance(row.value, errors.DataError):
-      yield row.value, row.raw
+      yield row
       continue
     try:
       name = format
       if format == "auto":
         name = readers.recognise(row.value, row.where)
-      yield readers.READERS[name](row.value, row.where), row.raw
+      record = readers.READERS[name](row.value, row.where)
+      yield row.where, record, row.raw
     except errors.DataError as e:
-      yield e, row.raw
+      yield row.where, e, row.raw
 
 
 def raise_errors(found: list[errors.DataError]) -> None:
@@ -98,7 +99,7 @@ def read_records(
     ErrorGroup: several bad rows, at most MAX_ERRORS.
   """
   found: list[errors.DataError] = []
-  for record, _ in scan(path, format=format, revision=revision):
+  for _, record, _ in scan(path, format=format, revision=revision):
     if isinstance(record, errors.DataError):
       found.append(record)
       if len(found) == MAX_ERRORS:

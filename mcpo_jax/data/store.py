@@ -464,8 +464,8 @@ def build_store(
       end token is lost and the candidate is flagged.
     think: "keep", "strip" or "mask" reasoning; None as the tokenizer says.
     vocab_size: ids must be below it; None for the tokenizer's.
-    quarantine_path: file that bad rows are listed in (file, line, slug,
-      sha256); None stops at them.
+    quarantine_path: file that bad rows are listed in (file, line, slug, sha256
+      of the row as it was read); None stops at them.
     max_quarantined_share: of all rows; above it the build stops.
 
   Returns:
@@ -529,16 +529,16 @@ def _build(
   writer = _Writer(folder)
   rejected = open(folder / "quarantine.jsonl", "w")
 
-  def reject(error: errors.DataError, sha256: str) -> None:
-    file, _, line = error.where.partition(",")[0].rpartition(":")
+  def reject(error: errors.DataError, where: str, raw: bytes) -> None:
+    file, _, line = where.rpartition(":")
     rejected.write(json.dumps({
-        "file": file, "line": line, "slug": error.slug, "sha256": sha256,
-    }) + "\n")
+        "file": file, "line": line, "slug": error.slug,
+        "sha256": hashlib.sha256(raw).hexdigest()}) + "\n")
     counts["rows_quarantined"] += 1
 
   try:
     for s, (path, format, _, revision) in enumerate(sources):
-      for record, raw in records.scan(
+      for where, record, raw in records.scan(
           path, format=format, revision=revision, counts=counts):
         counts["rows_in"] += 1
         error, row = record, None
@@ -550,7 +550,7 @@ def _build(
             error = e
         if error is not None:
           if quarantine:
-            reject(error, hashlib.sha256(raw).hexdigest())
+            reject(error, where, raw)
           else:
             found.append(error)
             if len(found) == records.MAX_ERRORS:
@@ -569,12 +569,13 @@ def _build(
     for row in wrong:
       start, stop = arrays["columns_start"][row : row + 2]
       raw = lines[start:stop].tobytes()
+      where = json.loads(raw)["where"]
       error = errors.DataError(
           "data.duplicate_id", "the prompt_id stands in an earlier row",
-          where=f"{json.loads(raw)['where']}, prompt_id",
+          where=f"{where}, prompt_id",
           hint="give every prompt an id of its own")
       if quarantine:
-        reject(error, hashlib.sha256(raw).hexdigest())
+        reject(error, where, raw)
       else:
         found.append(error)
     records.raise_errors(found)

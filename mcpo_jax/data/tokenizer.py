@@ -585,7 +585,8 @@ def train_tokenizer(
     vocab_size: at most so many tokens, at least 256 + the control tokens.
     out_dir: folder to write.
     chat_template: text; None for DEFAULT_CHAT_TEMPLATE, "none" for none. Its
-      turn markers (`<|user|>`, `[INST]`, ...) become control tokens beside BOS, EOS and PAD.
+      turn markers (`<|user|>`, `[INST]`, ...) become control tokens beside
+      BOS, EOS and PAD.
 
   Returns:
     `out_dir`.
