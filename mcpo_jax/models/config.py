@@ -176,6 +176,7 @@ _KEYS = {
         "rope_local_base_freq",
         "sliding_window",
         "sliding_window_pattern",
+        "_sliding_window_pattern",  # beside layer_types, which hold
     },
 }
 _FEATURE = re.compile(

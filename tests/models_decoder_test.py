@@ -1,0 +1,265 @@
+"""The decoder on streams: sharing of prompts, isolation, cache, precision."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import models_streams
+import numpy as np
+import pytest
+
+from mcpo_jax import sharding
+from mcpo_jax.models import attention, decoder, scoring
+from mcpo_jax.models.config import ModelConfig
+
+LLAMA = ModelConfig(
+    family="llama",
+    vocab_size=29,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    initializer_range=0.3,
+)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    family="gemma3_text",
+    num_layers=3,
+    norm_offset=True,
+    post_norms=True,
+    embedding_scale=True,
+    qk_norm=True,
+    attention_softcap=2.0,
+    final_softcap=3.0,
+    sliding_window=4,
+    local_layers=(True, False, True),
+    local_rope_theta=50.0,
+    activation="gelu_tanh",
+    tied_head=True,
+)
+CONFIGS = pytest.mark.parametrize(
+    "config", [LLAMA, GEMMA], ids=["llama", "gemma"]
+)
+LENGTH = 33
+SETS = models_streams.random_sets(
+    np.random.default_rng(0), 29, [5, 8], [[3, 7, 1], [4, 9]]
+)
+
+
+def make_params(config, dtype=jnp.float32):
+  return decoder.init_params(jax.random.key(1), config, dtype=dtype)
+
+
+@functools.cache
+def scorer(config, dtype, remat="none", head_chunk=16):
+  return jax.jit(
+      functools.partial(
+          scoring.token_logps,
+          config=config,
+          compute_dtype=dtype,
+          remat=remat,
+          head_chunk=head_chunk,
+      )
+  )
+
+
+def sequence(config, params, sets, dtype, length=LENGTH):
+  streams = models_streams.pack(sets, length)
+  logps = scorer(config, dtype)(params, streams=streams)
+  return np.asarray(
+      scoring.sequence_logps(
+          logps, streams, num_sets=len(sets), num_slots=3
+      )
+  )
+
+
+@CONFIGS
+def test_a_shared_prompt_gives_the_logps_of_separate_texts(config, x64):
+  params = make_params(config, jnp.float64)
+  got = sequence(config, params, SETS, jnp.float64)
+  apart = [(p, [c]) for p, cs in SETS for c in cs]
+  want = sequence(config, params, apart, jnp.float64)[:, 0]
+  assert got.dtype == np.float64 and (want < -1).all()
+  np.testing.assert_allclose(got[0], want[:3], rtol=0, atol=1e-12)
+  np.testing.assert_allclose(got[1, :2], want[3:], rtol=0, atol=1e-12)
+  assert got[1, 2] == 0
+
+
+@CONFIGS
+def test_other_candidates_do_not_change_a_bit(config):
+  params = make_params(config)
+  before = sequence(config, params, SETS, jnp.float32)
+  (prompt, completions), other = SETS
+  changed = [completions[0], (completions[1] + 3) % 29, completions[2]]
+  after = sequence(config, params, [(prompt, changed), other], jnp.float32)
+  np.testing.assert_array_equal(before[[0, 0, 1, 1], [0, 2, 0, 1]],
+                                after[[0, 0, 1, 1], [0, 2, 0, 1]])
+  assert before[0, 1] != after[0, 1]
+
+
+@CONFIGS
+def test_padding_changes_nothing_and_has_finite_gradients(config, x64):
+  params = make_params(config, jnp.float64)
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def loss(params, streams, dtype):
+    return scoring.token_logps(
+        params, config, streams, compute_dtype=dtype
+    ).sum()
+
+  grad = jax.value_and_grad(loss)
+  short = models_streams.pack(SETS, LENGTH)
+  long = models_streams.pack(SETS, LENGTH + 14, pad_id=7)
+  empty = models_streams.pack([([], []), ([], [])], 9)
+  one, other = (grad(params, s, jnp.float64) for s in (short, long))
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-11),
+      one, other,
+  )
+  value, gradient = grad(params, empty, jnp.float64)
+  assert value == 0
+  assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+
+
+@CONFIGS
+def test_remat_and_head_chunks_change_no_gradient(config, x64):
+  params = make_params(config, jnp.float64)
+  streams = models_streams.pack(SETS, LENGTH)
+
+  def gradient(remat, head_chunk):
+    score = scorer(config, jnp.float64, remat, head_chunk)
+    return jax.grad(lambda p: (score(p, streams=streams) ** 2).sum())(params)
+
+  want = gradient("none", 10_000)
+  for remat, head_chunk in (("dots", 16), ("full", 6)):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-10),
+        gradient(remat, head_chunk), want,
+    )
+
+
+def test_the_gradient_is_that_of_finite_differences(x64):
+  params = make_params(GEMMA, jnp.float64)
+  streams = models_streams.pack(SETS, LENGTH)
+  score = lambda p: scorer(GEMMA, jnp.float64)(p, streams=streams).sum()
+  gradient = jax.grad(score)(params)
+  leaves, tree = jax.tree.flatten(params)
+  rng = np.random.default_rng(2)
+  step = [rng.normal(size=leaf.shape) for leaf in leaves]
+  move = lambda size: jax.tree.unflatten(
+      tree, [leaf + size * s for leaf, s in zip(leaves, step)]
+  )
+  want = (score(move(1e-6)) - score(move(-1e-6))) / 2e-6
+  got = sum((g * s).sum() for g, s in zip(jax.tree.leaves(gradient), step))
+  np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@CONFIGS
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(jnp.float32, 1e-5), (jnp.float64, 1e-11)]
+)
+def test_cached_decoding_gives_the_logits_of_the_full_forward(
+    config, dtype, tolerance, x64
+):
+  params = make_params(config, dtype)
+  rows = [np.arange(9) % 29, (np.arange(12) * 5) % 29, np.array([4] * 10)]
+  lengths = np.array([3, 6, 1], np.int32)
+  texts = models_streams.pack([(row, []) for row in rows], 12)
+  hidden = decoder.hidden_states(params, config, texts, compute_dtype=dtype)
+  full = decoder.head_logits(params, config, hidden)
+
+  prompts = np.full((3, 6), 28, np.int32)  # a pad id that is a token too
+  for row, size, prompt in zip(rows, lengths, prompts):
+    prompt[:size] = row[:size]
+  cache = decoder.init_cache(config, 3, 12, dtype)
+  logits, cache = decoder.prefill(params, config, prompts, lengths, cache)
+  step = jax.jit(decoder.decode_step, static_argnums=1)
+  assert logits.dtype == dtype
+  for i in range(6):
+    want = full[np.arange(3), lengths + i - 1]
+    np.testing.assert_allclose(logits, want, rtol=0, atol=tolerance)
+    tokens = np.array([row[n + i] for row, n in zip(rows, lengths)])
+    logits, cache = step(params, config, cache, tokens, lengths + i)
+    np.testing.assert_array_equal(cache.lengths, lengths + i + 1)
+
+
+def test_logps_are_float32_under_bfloat16():
+  params = make_params(LLAMA)
+  streams = models_streams.pack(SETS, LENGTH)
+  narrow = scorer(LLAMA, jnp.bfloat16)(params, streams=streams)
+  exact = scorer(LLAMA, jnp.float32)(params, streams=streams)
+  assert narrow.dtype == jnp.float32
+  error = np.abs(narrow - exact).max()
+  assert 0 < error < 0.3  # bfloat16 computed, near the float32 result
+  # the sum over the vocabulary is float32: probabilities add up to one
+  hidden = decoder.hidden_states(
+      params, LLAMA, streams, compute_dtype=jnp.bfloat16
+  )
+  assert hidden.dtype == jnp.bfloat16
+  logits = decoder.head_logits(params, LLAMA, hidden)
+  assert logits.dtype == jnp.float32
+
+
+def test_attention_sees_what_the_rule_says():
+  """A NumPy loop over all pairs of tokens against both ways to compute."""
+  rng = np.random.default_rng(3)
+  sets = models_streams.random_sets(rng, 29, [100, 40], [[60, 50], [90]])
+  streams = models_streams.pack(sets, 230)
+  slots = attention.Slots(
+      streams.positions, streams.prompt_slot, streams.candidate_slot
+  )
+  q = rng.normal(size=(2, 230, 4, 6)).astype(np.float32)
+  k, v = rng.normal(size=(2, 2, 230, 2, 6)).astype(np.float32)
+  window = 70
+
+  want = np.zeros_like(q)
+  for s in range(2):
+    for i in range(230):
+      prompt, candidate = slots.prompt[s, i], slots.candidate[s, i]
+      seen = [
+          j for j in range(230)
+          if prompt >= 0
+          and slots.prompt[s, j] == prompt
+          and slots.candidate[s, j] in (-1, candidate)
+          and 0 <= slots.positions[s, i] - slots.positions[s, j] < window
+      ]
+      for h in range(4) if seen else ():
+        x = k[s, seen, h // 2].astype(np.float64) @ q[s, i, h] * 0.4
+        p = np.exp(2 * np.tanh(x / 2))
+        want[s, i, h] = p @ v[s, seen, h // 2] / p.sum()
+  real = streams.prompt_slot >= 0
+  for one_by_one in (True, False):
+    got = attention.attend(
+        q, k, v, slots, jnp.int32(window), scale=0.4, softcap=2.0,
+        one_by_one=one_by_one,
+    )
+    np.testing.assert_allclose(got[real], want[real], atol=2e-6)
+    assert np.isfinite(got).all()
+
+
+def test_every_parameter_has_a_rule_and_starts_scaled():
+  biased = dataclasses.replace(
+      LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True, hidden_size=64
+  )
+  for config in (biased, GEMMA):
+    params = make_params(config)
+    shapes = decoder.param_shapes(config)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), shapes
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for path, leaf in leaves:
+      name = sharding.path_name(path)
+      assert any(re.search(rule, name) for rule, _ in decoder.PARAM_RULES)
+      outward = re.search("(o|down)_proj/kernel", name) is not None
+      depth = 2 * config.num_layers if outward else 1
+      want = 0.3 / depth**0.5
+      if name.endswith(("kernel", "embedding")):
+        assert abs(leaf.std() / want - 1) < 0.1, name
+      else:
+        start = 1.0 if "norm" in name and not config.norm_offset else 0.0
+        assert (leaf == start).all(), name
