@@ -10,7 +10,7 @@ import objectives_batches as batches
 import pytest
 
 from mcpo_jax.kernels import mc, weights
-from mcpo_jax.types import SetBatch
+from mcpo_jax.types import KernelState, SetBatch
 
 KEY = jax.random.key(11)
 SETTINGS = {
@@ -95,7 +95,7 @@ def test_frequencies_follow_score_temperature_and_multiplicity(seed):
 
 def test_random_draws_by_multiplicity_alone():
   scores, sets = _copies([0.0, 50.0, -50.0, 2.0], [1, 1, 2, 3])
-  state, info = _draw(scores, sets, strategy="random")
+  state, info = _draw(scores, sets, strategy="random", num_negatives=4)
   _assert_frequencies(state.selected[:, 0], [0, 1, 2, 3, 0])
   np.testing.assert_allclose(
       np.exp(info.log_weights[0]), [0, 1 / 6, 2 / 6, 3 / 6, 0], rtol=1e-6
@@ -128,12 +128,12 @@ def test_preferred_counts_once():
 def test_top_m_inclusion_follows_drawing_without_replacement():
   stats = pytest.importorskip("scipy.stats")
   scores, sets = _copies([0.0, 0.0, 1.0, -1.0, 0.7], [1, 1, 1, 2, 1])
-  state, info = _draw(scores, sets, num_negatives=2)
+  state, info = _draw(scores, sets, num_negatives=4)
   assert state.selected_mask.all()
   w = np.exp(info.log_weights[0].astype(np.float64))
   pairs = list(itertools.permutations(range(1, 5), 2))
   probs = np.array([w[i] * w[j] / (1 - w[i]) for i, j in pairs])
-  drawn = [tuple(row) for row in state.selected]
+  drawn = [tuple(row) for row in state.selected[:, :2]]
   counts = np.array([drawn.count(pair) for pair in pairs])
   assert counts.sum() == len(drawn)  # never the same twice
   expected = probs / probs.sum() * len(drawn)
@@ -143,7 +143,7 @@ def test_top_m_inclusion_follows_drawing_without_replacement():
 def test_chains_with_replacement_are_independent():
   scores, sets = _copies([0.2, 0.0, 1.0])
   state, info = _draw(
-      scores, sets, num_negatives=3, replace=True, include_preferred=True
+      scores, sets, num_negatives=4, replace=True, include_preferred=True
   )
   w = np.exp(info.log_weights[0].astype(np.float64))
   for a, b in ((0, 1), (1, 2), (0, 2)):
@@ -251,7 +251,7 @@ def test_preferred_drawn_is_masked_and_counted():
   assert not one.selected_mask.any() and (one.selected == 0).all()
   np.testing.assert_array_equal(info.stayed, 1.0)
   three, info = _draw(
-      scores, sets, include_preferred=True, num_negatives=3
+      scores, sets, include_preferred=True, num_negatives=4
   )
   np.testing.assert_array_equal(three.selected_mask.sum(1), 2)
   np.testing.assert_allclose(info.stayed, 1 / 3, rtol=1e-6)
@@ -358,7 +358,7 @@ def test_no_gradient_reaches_the_scores():
     )
     return finite.sum() + info.ess.sum() + p_0.sum() + kernel.sum()
 
-  np.testing.assert_array_equal(jax.grad(total)(scores), 0.0)
+  np.testing.assert_array_equal(jax.jit(jax.grad(total))(scores), 0.0)
 
 
 def test_jit_draws_the_same_and_a_schedule_compiles_once():
@@ -421,22 +421,25 @@ def test_correction_adds_log_mu_minus_log_q_after_the_temperature():
 
 def test_taking_the_drawn_keeps_what_belongs_to_them():
   logps, sets = batches.random_batch(8, num_slots=6)
-  state, _ = _draw(np.nan_to_num(logps), sets, num_negatives=4)
+  rng = np.random.default_rng(8)
+  selected = rng.integers(1, 6, (5, 3)).astype(np.int32)
+  mask = np.take_along_axis(sets.candidate_mask, selected, axis=1)
+  mask[0, 1] = False
+  state = KernelState(np.where(mask, selected, 0), mask)
   taken, batch = mc.take_drawn(logps, sets, state)
-  assert taken.shape == batch.role.shape == (5, 5)
+  assert taken.shape == batch.role.shape == (5, 4)
   np.testing.assert_array_equal(
-      weights.negatives(batch)[:, 1:], state.selected_mask
+      weights.negatives(batch)[:, 1:],
+      mask & (np.take_along_axis(sets.role, selected, axis=1) == -1),
   )
-  for row, slots in enumerate(state.selected):
-    for j, slot in enumerate(slots, start=1):
-      if state.selected_mask[row, j - 1]:
-        assert batch.candidate_id[row, j] == sets.candidate_id[row, slot]
-        assert batch.lengths[row, j] == sets.lengths[row, slot]
-        assert batch.scores[row, j] == sets.scores[row, slot]
-        np.testing.assert_allclose(taken[row, j], logps[row, slot], rtol=1e-6)
-        np.testing.assert_allclose(
-            batch.anchors["ref"][row, j], sets.anchors["ref"][row, slot],
-            rtol=1e-6,
-        )
+  assert not batch.candidate_mask[0, 2] and batch.lengths[0, 2] == 0
+  for row, j in zip(*np.nonzero(mask)):
+    slot = selected[row, j]
+    assert batch.candidate_id[row, j + 1] == sets.candidate_id[row, slot]
+    assert batch.lengths[row, j + 1] == sets.lengths[row, slot]
+    assert batch.scores[row, j + 1] == sets.scores[row, slot]
+    ref = sets.anchors["ref"][row, slot]
+    assert taken[row, j + 1] == pytest.approx(logps[row, slot])
+    assert batch.anchors["ref"][row, j + 1] == pytest.approx(ref)
   np.testing.assert_array_equal(batch.multiplicity, 1)
   np.testing.assert_array_equal(batch.example_id, sets.example_id)
