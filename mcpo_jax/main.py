@@ -208,12 +208,18 @@ def run(argv: list[str]) -> None:
                                  if workdir else None)
 
 
+def _worth_showing(record) -> bool:
+  """Orbax tells every step of a save; its warnings are enough."""
+  return "orbax" not in record.pathname or record.levelno >= 30
+
+
 def main() -> None:
   """Exit codes: 0, 2..8 by kind of error (`errors`), 1 for a bug."""
   argv = sys.argv[1:]
   debug = any(word in ("--debug", "-debug") for word in argv)
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().addFilter(_worth_showing)
   try:
     run(argv)
   except errors.McpoError as e:

@@ -14,8 +14,10 @@ from mcpo_jax import commit, errors
 from mcpo_jax.data import audit as audit_lib
 from mcpo_jax.data import batches
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.evaluation import preferences
+from mcpo_jax.evaluation import preferences, samples
+from mcpo_jax.generation import service as service_lib
 from mcpo_jax.models import hf
+from mcpo_jax.rewards import functions as rewards
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import loop, metrics, reference, setup
 
@@ -214,7 +216,7 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   evaluate = None
   if "eval" in stores:
     evaluate = make_evaluate(
-        run, stage, model, *stores["eval"], options, anchors.get("eval"))
+        run, stage, model, start, *stores["eval"], options, anchors.get("eval"))
   params, step = loop.train(
       stage, model, make_batch, start, folder, writer, setup.schedule_of(config),
       meta={"stage": "preference", "data": data.key,
@@ -257,32 +259,160 @@ def make_anchors(run, model, start, stores, make_batch) -> dict[str, Any]:
   return {name: cache.anchor for name, cache in caches.items()}
 
 
-def make_evaluate(run, stage, model, data, rows, options, anchor):
-  """(functions, state) -> metrics on the first held-out prompts."""
-  limit = run.config["evaluation"]["num_prompts"] or len(rows)
+def make_evaluate(run, stage, model, start, data, rows, options, anchor):
+  """(functions, state) -> metrics on the first held-out prompts.
+
+  Each call also appends samples of `evaluation.num_display` prompts, beside
+  those of the start, to preference/samples.jsonl.
+  """
+  options_of = run.config["evaluation"]
+  rows = rows[:options_of["num_prompts"] or len(rows)]
   held = []
-  for first in range(0, min(limit, len(rows)), stage.batch_size):
-    some = rows[first:min(first + stage.batch_size, limit)]
+  for first in range(0, len(rows), stage.batch_size):
+    some = rows[first:first + stage.batch_size]
     held.append(batch_lib.collect(
         data, some, np.zeros(len(some), np.int32), batch_size=stage.batch_size,
         **options))
+  shown = prompt_set(data, rows[:options_of["num_display"]])
+  service = make_service(run, model, start())
+  greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0,
+            "seed": stage.seed, "prompt_ids": shown.prompt_ids}
+  before = service.generate(shown.tokens, **greedy).text
 
   def evaluate(functions, state):
     out = loop.score_held_out(stage, model, functions, state, held, anchor)
     values = preferences.preference_metrics(
         out.logps, out.ref_logps, out.role, out.scores,
         beta=stage.objective_settings.get("beta", 1.0), seed=stage.seed)
-    values = {f"eval/{k}": v for k, v in values.items() if np.ndim(v) == 0}
-    return values | {
-        "eval/loss": out.loss, "eval/accuracy": values["eval/rewards/accuracies"],
-        "eval/margin": values["eval/rewards/margins"]}
+    service.update(state.params, int(state.step))
+    now = service.generate(shown.tokens, **greedy).text
+    with open(run.workdir / "preference" / "samples.jsonl", "a") as file:
+      for prompt, (old,), (new,) in zip(shown.prompts, before, now):
+        file.write(json.dumps({"step": int(state.step), "prompt": prompt,
+                               "start": old, "now": new}) + "\n")
+    return {f"eval/{k}": v for k, v in values.items() if np.ndim(v) == 0} | {
+        "eval/loss": out.loss,
+        "eval/accuracy": values["rewards/accuracies"],
+        "eval/margin": values["rewards/margins"]}
 
   return evaluate
 
 
-def run_evaluate(run, writer):
-  return {}
+# --- Stage: evaluate ----------------------------------------------------------
 
 
-def run_export(run, writer):
-  return {}
+def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
+  """The prompts of some rows, with the columns that all of them have."""
+  sets = [data.candidate_set(int(i)) for i in rows]
+  columns = [data.columns(int(i)) for i in rows]
+  shared = set.intersection(*(set(c) for c in columns)) - {
+      "prompt", "prompt_id", "where"}
+  return samples.PromptSet(
+      tokens=[s.prompt for s in sets],
+      prompt_ids=np.stack([s.example_id for s in sets]),
+      prompts=[c["prompt"] for c in columns],
+      columns={name: [c[name] for c in columns] for name in sorted(shared)})
+
+
+def make_service(
+    run: setup.Run, model: loop.Model, params
+) -> service_lib.GenerationService:
+  """The sampler of this run's architecture and tokenizer."""
+  length = (run.config["generation"]["max_new_tokens"]
+            or run.config["data"]["max_completion_length"])
+  return service_lib.GenerationService(
+      model.config, params, 0, max_completion_length=length,
+      stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
+      tokenizer=run.tokenizer.hf, vocab_size=run.tokenizer.vocab_size,
+      compute_dtype=model.compute_dtype, mesh=run.mesh)
+
+
+def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
+  """Samples of held-out prompts, scored by the reward: aligned against start.
+
+  Both models draw with the same noise; the interval is over prompts.
+  """
+  done = run.workdir / "evaluate" / "result.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  stores = open_preference_stores(run)
+  if "eval" not in stores or run.config["reward"]["name"] is None:
+    logging.warning("evaluate: needs data.eval_path or data.eval_fraction, and "
+                    "reward.name; nothing done")
+    return {}
+  data, rows = stores["eval"]
+  prompts = prompt_set(data, rows[:run.config["evaluation"]["num_prompts"]])
+  reward = rewards.load_reward(
+      run.config["reward"]["name"],
+      patterns_path=run.config["reward"]["patterns_path"])
+  options, seed = run.config["generation"], run.config["seed"]
+  names = ("sft" if "sft" in run.config["stages"] else "start", "aligned")
+
+  model, start = setup.open_model(run, find_start(run))
+  service = make_service(run, model, start())
+  laws = {"": (options["num_samples"], options["temperature"],
+               options["top_p"]), "greedy/": (1, 0.0, 1.0)}
+
+  def sample(law):
+    num, temperature, top_p = laws[law]
+    return samples.sample_and_score(
+        service, reward, prompts, num_samples=num, temperature=temperature,
+        top_p=top_p, seed=seed)
+
+  before = {law: sample(law) for law in laws}
+  service.update(find_aligned(run, model), 1)
+  summary, shown = {}, {}
+  for law in laws:
+    compared = samples.compare(
+        before[law], sample(law), prompts.prompts, names=names, seed=seed)
+    shown[law or "sampled/"] = compared.pop("samples")
+    summary |= {law + name: value for name, value in compared.items()}
+  done.parent.mkdir(exist_ok=True)
+  commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
+  for row in shown["sampled/"]:
+    print("", row["prompt"] if isinstance(row["prompt"], str)
+          else row["prompt"][-1]["content"],
+          *(f"  {name + ':':9} {row[name]}" for name in names), sep="\n")
+  commit.write_file(done, json.dumps(summary, indent=1))
+  writer.write("evaluate", 0, {
+      k: v for k, v in summary.items() if isinstance(v, int | float)})
+  return summary
+
+
+def find_aligned(run: setup.Run, model: loop.Model):
+  """The weights that the preference stage ended with."""
+  folder = run.workdir / "preference" / "model"
+  if not folder.exists():
+    raise errors.CheckpointError(
+        "ckpt.none", "the preference stage has not finished",
+        where=str(folder), hint="run `train` first")
+  return hf.load_params(folder, model.config, shardings=model.param_shardings,
+                        dtype=run.config["model"]["param_dtype"])
+
+
+# --- Stage: export --------------------------------------------------------------
+
+
+def run_export(
+    run: setup.Run, writer: metrics.Writer | None,
+    out: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Writes what the last stage trained as a folder that transformers loads."""
+  del writer
+  out = out or run.workdir / "export"
+  source = run.workdir / (
+      "preference" if "preference" in run.config["stages"] else "sft") / "model"
+  if not source.exists():
+    raise errors.CheckpointError(
+        "ckpt.none", "nothing was trained here yet", where=str(source),
+        hint="run `train` first")
+  config = hf.load_config(source)
+  dtype = run.config["export"]["dtype"] or run.config["model"]["param_dtype"]
+  params = hf.load_params(source, config, dtype=dtype)
+  objective = run.config["objective"]
+  hf.save_params(
+      out, params, config, tokenizer_dir=run.workdir / "tokenizer",
+      stop_ids=run.tokenizer.stop_ids,
+      card=f"Aligned with mcpo_jax, objective {objective['name']}"
+      f" (beta {objective.get('beta')}).")
+  return {"export/path": str(out), "export/sha256": hf.params_sha256(params)}
