@@ -171,12 +171,12 @@ def _values() -> dict[str, list[str]]:
 
 
 def _meanings(values) -> list[dict[str, str]]:
-  """Distinct meaning representations: a name and 4 to 7 further slots."""
+  """Distinct meaning representations: a name and 3 to 5 further slots."""
   rng = random.Random("quickstart meanings")
   found = {}
   while len(found) < NUM_TRAIN + NUM_EVAL:
     others = [slot for slot in SLOTS if slot != "name"]
-    slots = set(rng.sample(others, rng.randint(4, 7)))
+    slots = set(rng.sample(others, rng.randint(3, 5)))
     meaning = {
         slot: rng.choice(values[slot])
         for slot in SLOTS

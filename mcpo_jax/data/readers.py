@@ -490,9 +490,9 @@ def _ids(value: Any, where: str, field: str) -> list[int]:
 def read_tokens(row: dict[str, Any], where: str) -> Record:
   """Tokenised already: `prompt_ids` and `completion_ids` [K lists].
 
-  Optional `completion_masks` (K lists of 0 and 1, 1 is scored). The judgement
-  is that of the native layout: `scores` higher is better, `ranks` 1 is best,
-  `preferred` an index. Ids are checked against the vocabulary later.
+  Optional `completion_masks` (K lists of 0 and 1, 1 is scored). Ids are checked
+  against the vocabulary later. Rank direction: as in the native layout;
+  `scores` higher is better, `ranks` 1 is best, `preferred` an index.
   """
   prompt = _ids(_take(row, "prompt_ids", where), where, "prompt_ids")
   ids = _list(_take(row, "completion_ids", where), where, "completion_ids")
