@@ -12,6 +12,7 @@ from mcpo_jax.types import Array, SetBatch
 
 # Purposes. A number is never given twice, nor changed: old runs resume.
 DRAW_NEGATIVES = 1
+DRAW_PREFERRED = 2  # among the k best of a record
 
 
 def gumbel(
