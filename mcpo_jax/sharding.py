@@ -7,7 +7,7 @@ decides. Rules are applied to ShapeDtypeStructs, so nothing is allocated.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -193,11 +193,6 @@ def put_global(tree: Any, sharding: NamedSharding) -> Any:
     )
 
   return jax.tree_util.tree_map_with_path(one, tree)
-
-
-def init_sharded(make: Callable[..., Any], shardings: Any, *args: Any) -> Any:
-  """make(*args) under jit, each output made on the devices that keep it."""
-  return jax.jit(make, out_shardings=shardings)(*args)
 
 
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:

@@ -51,7 +51,8 @@ SETS = models_streams.random_sets(
 
 
 def make_params(config, dtype=jnp.float32):
-  return decoder.init_params(jax.random.key(1), config, dtype=dtype)
+  init = functools.partial(decoder.init_params, config=config, dtype=dtype)
+  return jax.jit(init)(jax.random.key(1))
 
 
 @functools.cache
@@ -169,14 +170,20 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(
   rows = [np.arange(9) % 29, (np.arange(12) * 5) % 29, np.array([4] * 10)]
   lengths = np.array([3, 6, 1], np.int32)
   texts = models_streams.pack([(row, []) for row in rows], 12)
-  hidden = decoder.hidden_states(params, config, texts, compute_dtype=dtype)
-  full = decoder.head_logits(params, config, hidden)
+  full = jax.jit(
+      lambda p: decoder.head_logits(
+          p,
+          config,
+          decoder.hidden_states(p, config, texts, compute_dtype=dtype),
+      )
+  )(params)
 
   prompts = np.full((3, 6), 28, np.int32)  # a pad id that is a token too
   for row, size, prompt in zip(rows, lengths, prompts):
     prompt[:size] = row[:size]
   cache = decoder.init_cache(config, 3, 12, dtype)
-  logits, cache = decoder.prefill(params, config, prompts, lengths, cache)
+  prefill = jax.jit(decoder.prefill, static_argnums=1)
+  logits, cache = prefill(params, config, prompts, lengths, cache)
   step = jax.jit(decoder.decode_step, static_argnums=1)
   assert logits.dtype == dtype
   for i in range(6):
@@ -233,10 +240,10 @@ def test_attention_sees_what_the_rule_says():
         want[s, i, h] = p @ v[s, seen, h // 2] / p.sum()
   real = streams.prompt_slot >= 0
   for one_by_one in (True, False):
-    got = attention.attend(
-        q, k, v, slots, jnp.int32(window), scale=0.4, softcap=2.0,
-        one_by_one=one_by_one,
+    attend = functools.partial(
+        attention.attend, scale=0.4, softcap=2.0, one_by_one=one_by_one
     )
+    got = jax.jit(attend)(q, k, v, slots, jnp.int32(window))
     np.testing.assert_allclose(got[real], want[real], atol=2e-6)
     assert np.isfinite(got).all()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax.models import config as config_lib
-from mcpo_jax.models import decoder, hf, scoring
+from mcpo_jax.models import decoder, hf, rope, scoring
 from mcpo_jax.types import Streams
 
 torch = pytest.importorskip("torch")
@@ -123,7 +123,7 @@ def true_float64(model, config):
     return self if narrow else to(self, *args, **kwargs)
 
   to = torch.Tensor.to
-  bases = decoder._rope_bases(config)
+  bases = rope.bases(config)
   for module in model.modules():
     for key in list(module._buffers):
       if key.endswith("inv_freq"):

@@ -1,9 +1,8 @@
-"""The decoder: parameters, the forward pass on streams, prefill and decoding.
+"""The decoder: the forward pass on streams, prefill and decoding.
 
-The parameters are built by Flax NNX modules whose arrays are stacked over the
-layers, and are taken out of them once, as a plain nested dict. All functions
-here are pure functions of that dict; one `lax.scan` runs over the layers, and
-what differs from layer to layer (window, RoPE base) is scanned beside them.
+Pure functions of a nested dict of parameters (parameters.py), whose arrays are
+stacked over the layers: one `lax.scan` runs over them, and what differs from
+layer to layer (window, RoPE base) is scanned beside them.
 
 Letters beside those of types.py: H query heads, N key-value heads, E head
 width, R rows of a cache, L layers.
@@ -15,23 +14,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax.sharding import PartitionSpec as P
 
 from mcpo_jax import sharding
-from mcpo_jax.models import attention
+from mcpo_jax.models import attention, parameters, rope
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params, Streams
 
-PARAM_RULES = [
-    (r"embed/embedding$", P("fsdp", "tensor")),
-    (r"lm_head/kernel$", P("fsdp", "tensor")),
-    (r"layers/.*(q|k|v|gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/.*(o|down)_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"layers/.*(q|k|v|gate|up)_proj/bias$", P(None, "tensor")),
-    (r"layers/.*(o|down)_proj/bias$", P()),
-    (r"norm/scale$", P()),
-]
+PARAM_RULES = parameters.PARAM_RULES
+init_params = parameters.init_params
+param_shapes = parameters.param_shapes
+
 REMAT = {
     "none": lambda body: body,
     "dots": lambda body: jax.checkpoint(
@@ -41,114 +33,6 @@ REMAT = {
     ),
     "full": lambda body: jax.checkpoint(body, prevent_cse=False),
 }
-
-
-# --- parameters ---------------------------------------------------------------
-
-
-class Projection(nnx.Module):
-  """kernel [L, in, out] and, if asked for, bias [L, out]."""
-
-  def __init__(self, rngs, shape, dtype, *, std, bias=False):
-    self.kernel = nnx.Param(_normal(rngs, shape, dtype, std))
-    if bias:
-      self.bias = nnx.Param(jnp.zeros((*shape[:-2], shape[-1]), dtype))
-
-
-class Norm(nnx.Module):
-  """scale [L, width]; it starts at one, or at zero where 1 + w multiplies."""
-
-  def __init__(self, shape, dtype, config: ModelConfig):
-    self.scale = nnx.Param(
-        jnp.full(shape, 0.0 if config.norm_offset else 1.0, dtype)
-    )
-
-
-class Embedding(nnx.Module):
-  """embedding [V, D]."""
-
-  def __init__(self, rngs, shape, dtype, *, std):
-    self.embedding = nnx.Param(_normal(rngs, shape, dtype, std))
-
-
-class Attention(nnx.Module):
-  """Projections of attention, of all layers."""
-
-  def __init__(self, rngs, dtype, config: ModelConfig, *, std, out_std):
-    layers, width = config.num_layers, config.hidden_size
-    queries = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    bias = config.qkv_bias
-    project = lambda *shape, **kw: Projection(
-        rngs, (layers, *shape), dtype, **kw
-    )
-    self.q_proj = project(width, queries, std=std, bias=bias)
-    self.k_proj = project(width, keys, std=std, bias=bias)
-    self.v_proj = project(width, keys, std=std, bias=bias)
-    self.o_proj = project(queries, width, std=out_std, bias=config.out_bias)
-    if config.qk_norm:
-      self.q_norm = Norm((layers, config.head_dim), dtype, config)
-      self.k_norm = Norm((layers, config.head_dim), dtype, config)
-
-
-class MLP(nnx.Module):
-  """Projections of the gated MLP, of all layers."""
-
-  def __init__(self, rngs, dtype, config: ModelConfig, *, std, out_std):
-    layers, bias = config.num_layers, config.mlp_bias
-    width, hidden = config.hidden_size, config.intermediate_size
-    inner, outer = (layers, width, hidden), (layers, hidden, width)
-    self.gate_proj = Projection(rngs, inner, dtype, std=std, bias=bias)
-    self.up_proj = Projection(rngs, inner, dtype, std=std, bias=bias)
-    self.down_proj = Projection(rngs, outer, dtype, std=out_std, bias=bias)
-
-
-class Layers(nnx.Module):
-  """The layers, stacked on axis 0."""
-
-  def __init__(self, rngs, dtype, config: ModelConfig):
-    std = config.initializer_range
-    stds = dict(std=std, out_std=std / (2 * config.num_layers) ** 0.5)
-    shape = (config.num_layers, config.hidden_size)
-    self.attention = Attention(rngs, dtype, config, **stds)
-    self.mlp = MLP(rngs, dtype, config, **stds)
-    self.attention_norm = Norm(shape, dtype, config)
-    self.mlp_norm = Norm(shape, dtype, config)
-    if config.post_norms:
-      self.post_attention_norm = Norm(shape, dtype, config)
-      self.post_mlp_norm = Norm(shape, dtype, config)
-
-
-class Decoder(nnx.Module):
-  """Everything that is learned."""
-
-  def __init__(self, rngs: nnx.Rngs, config: ModelConfig, dtype):
-    std = config.initializer_range
-    vocab, width = config.vocab_size, config.hidden_size
-    self.embed = Embedding(rngs, (vocab, width), dtype, std=std)
-    self.layers = Layers(rngs, dtype, config)
-    self.final_norm = Norm((width,), dtype, config)
-    if not config.tied_head:
-      self.lm_head = Projection(rngs, (width, vocab), dtype, std=std)
-
-
-def _normal(rngs, shape, dtype, std):
-  return std * jax.random.normal(rngs.params(), shape, dtype)
-
-
-def init_params(
-    key: jax.Array, config: ModelConfig, *, dtype: Any = jnp.float32
-) -> Params:
-  """Random parameters: a nested dict, layers stacked on axis 0. Jittable."""
-  state = nnx.state(Decoder(nnx.Rngs(params=key), config, dtype), nnx.Param)
-  return nnx.to_pure_dict(state)
-
-
-def param_shapes(config: ModelConfig, *, dtype: Any = jnp.float32) -> Params:
-  """The tree of init_params as ShapeDtypeStructs; nothing is allocated."""
-  return jax.eval_shape(
-      lambda key: init_params(key, config, dtype=dtype), jax.random.key(0)
-  )
 
 
 # --- the forward pass ---------------------------------------------------------
@@ -248,10 +132,12 @@ def _run_layers(
   Returns:
     hidden states [..., D], the last state, what attend gave, stacked.
   """
-  rope = _rope_tables(config, positions, jnp.promote_types(x.dtype, "float32"))
+  tables = rope.tables(
+      config, positions, jnp.promote_types(x.dtype, "float32")
+  )
   windows = np.array(config.windows, np.int32)
   base_of_layer = np.zeros_like(windows)
-  if len(_rope_bases(config)) > 1:
+  if len(rope.bases(config)) > 1:
     base_of_layer[:] = config.local_layers
   scanned = (params["layers"], np.arange(len(windows)), windows, base_of_layer)
 
@@ -261,7 +147,7 @@ def _run_layers(
     x = sharding.constrain(x, *sharding.BATCH_SPEC)
     cos, sin = (
         jax.lax.dynamic_index_in_dim(table, base, keepdims=False)
-        for table in rope
+        for table in tables
     )
     h = _norm(x, weights["attention_norm"], config)
     q, k, v = _project_heads(weights["attention"], config, h, cos, sin)
@@ -290,7 +176,7 @@ def _project_heads(weights, config, h, cos, sin):
   if config.qk_norm:
     q = _norm(q, weights["q_norm"], config)
     k = _norm(k, weights["k_norm"], config)
-  return _rotate(q, cos, sin), _rotate(k, cos, sin), v
+  return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v
 
 
 def _mlp(h, weights, config):
@@ -323,41 +209,6 @@ def _norm(x, weights, config):
 
 def _along_last(vector, x):
   return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
-
-
-def _rope_bases(config: ModelConfig) -> np.ndarray:
-  """Inverse frequencies [bases, E / 2] float64: of full, of local layers."""
-  half = np.arange(0, config.head_dim, 2) / config.head_dim
-  scaling = dict(config.rope_scaling)
-  inverse = config.rope_theta**-half
-  if scaling.get("rope_type") == "linear":
-    inverse = inverse / scaling["factor"]
-  elif scaling.get("rope_type") == "llama3":
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inverse / (2 * np.pi)
-    # Few turns within the old context: stretched; many: kept; between: mixed.
-    mix = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    inverse = inverse * (mix + (1 - mix) / scaling["factor"])
-  bases = [inverse]
-  if config.local_rope_theta is not None:
-    bases.append(config.local_rope_theta**-half)
-  return np.stack(bases)
-
-
-def _rope_tables(config, positions, dtype):
-  """cos and sin [bases, ..., E / 2] of positions [...]."""
-  bases = _rope_bases(config).astype(dtype)
-  bases = bases.reshape(len(bases), *(1,) * positions.ndim, -1)
-  angles = positions[None, ..., None].astype(dtype) * bases
-  return jnp.cos(angles), jnp.sin(angles)
-
-
-def _rotate(x, cos, sin):
-  """RoPE on x [..., heads, E], halves against halves."""
-  first, second = jnp.split(x.astype(cos.dtype), 2, axis=-1)
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  rotated = (first * cos - second * sin, second * cos + first * sin)
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 # --- generation ---------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Hugging Face folders: find them, read them, write them.
+"""Hugging Face folders: read them, write them; hub.py finds them.
 
 Weights go from file to device shard by shard and back, so no host holds the
 whole model. The names of the tensors are a table.
@@ -20,7 +20,7 @@ import safetensors.numpy
 
 from mcpo_jax import commit, errors, sharding
 from mcpo_jax.models import config as config_lib
-from mcpo_jax.models import decoder
+from mcpo_jax.models import decoder, hub
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.models.shards import INDEX, SINGLE, Shards, read_json
 from mcpo_jax.types import Params
@@ -69,92 +69,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
 
-
-# --- finding ------------------------------------------------------------------
-
-
-def resolve_model(path: str, revision: str | None = None) -> pathlib.Path:
-  """The local folder of a model.
-
-  Args:
-    path: a folder, or a name on the hub, "owner/name".
-    revision: branch, tag or commit of a hub name. It is resolved to a commit
-      once; the name of the folder that comes back is that commit.
-
-  Raises:
-    ModelDirError: `hf.path`, `hf.gated`, `hf.missing`, `hf.unauthorised`,
-      `hf.revision`, each with the page to visit; `hf.hub` without a network.
-  """
-  folder = pathlib.Path(path).expanduser()
-  if folder.is_dir():
-    return folder
-  if not re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", str(path)):
-    raise errors.ModelDirError(
-        "hf.path", "there is no such folder", where=str(path),
-        want="a folder or a hub name such as owner/name",
-    )
-  import huggingface_hub as hub  # imports slowly, needed for hub names only
-  import huggingface_hub.errors as hub_errors
-
-  page = f"https://huggingface.co/{path}"
-
-  def refuse(slug, message, visit):
-    return errors.ModelDirError(
-        slug, message, where=str(path), got=revision, hint=f"visit {visit}"
-    )
-
-  try:
-    sha = hub.HfApi().repo_info(path, revision=revision, timeout=10).sha
-    return pathlib.Path(
-        hub.snapshot_download(
-            path, revision=sha, allow_patterns=list(_HUB_FILES)
-        )
-    )
-  except hub_errors.GatedRepoError:
-    raise refuse(
-        "hf.gated", "the repository asks for its terms to be accepted", page
-    ) from None
-  except hub_errors.RevisionNotFoundError:
-    raise refuse(
-        "hf.revision", "the repository has no such revision", f"{page}/commits"
-    ) from None
-  except hub_errors.HfHubHTTPError as error:
-    status = error.response.status_code
-    if status in (401, 403):
-      raise refuse(
-          "hf.unauthorised",
-          "the repository is private or does not exist, and no valid token"
-          " was sent; set HF_TOKEN",
-          "https://huggingface.co/settings/tokens",
-      ) from None
-    if isinstance(error, hub_errors.RepositoryNotFoundError):
-      raise refuse(
-          "hf.missing", "there is no such repository (or folder)", page
-      ) from None
-    raise refuse("hf.hub", f"the hub answered {status}", page) from None
-  except OSError as error:  # no network, or offline mode
-    reason = type(error).__name__
-  except Exception as error:
-    # Errors of the HTTP client, which is another one in each hub version.
-    if "Connect" not in type(error).__name__ and "Timeout" not in type(
-        error
-    ).__name__:
-      raise
-    reason = type(error).__name__
-  try:
-    return pathlib.Path(
-        hub.snapshot_download(path, revision=revision, local_files_only=True)
-    )
-  except OSError:
-    raise refuse(
-        "hf.hub",
-        f"the hub cannot be reached ({reason}) and the model is not in the"
-        " local cache; give a local folder, or check the network and"
-        " HF_HUB_OFFLINE",
-        page,
-    ) from None
+resolve_model = hub.resolve_model
 
 
 # --- reading ------------------------------------------------------------------
@@ -343,8 +259,9 @@ def _check_tensors(shards: Shards, config: ModelConfig, shapes: Params) -> None:
 def _check_tied(shards: Shards, embedding: str, head: str) -> None:
   """A head that is stored beside the flag that ties it must be the same."""
   same = shards.shapes[head] == shards.shapes[embedding]
-  for start in range(0, shards.shapes[embedding][0] if same else 0, 4096):
-    rows = (slice(start, start + 4096), slice(None))
+  total = shards.shapes[embedding][0]
+  for start in range(0, total if same else 0, 4096):
+    rows = (slice(start, min(start + 4096, total)), slice(None))
     one, other = shards.read(head, rows), shards.read(embedding, rows)
     same &= np.array_equal(one, other)
   if not same:

@@ -1,0 +1,508 @@
+"""Hugging Face folders without torch: in and out, whole or not at all."""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+import shutil
+
+import huggingface_hub
+import huggingface_hub.errors as hub_errors
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from mcpo_jax import errors, sharding
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder, hf, shards
+from mcpo_jax.models.config import ModelConfig
+
+CONFIG = ModelConfig(
+    family="qwen2",
+    vocab_size=24,
+    hidden_size=16,
+    intermediate_size=8,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    qkv_bias=True,
+    bos_token_id=1,
+    eos_token_ids=(2, 5),
+    pad_token_id=0,
+)
+
+
+@functools.cache
+def make_params(config=CONFIG, dtype=jnp.float32):
+  init = functools.partial(decoder.init_params, config=config, dtype=dtype)
+  return jax.jit(init)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """One export in several files, with a tokenizer; tests copy it."""
+  base = tmp_path_factory.mktemp("hf")
+  tokenizer = base / "tokenizer"
+  tokenizer.mkdir()
+  vocab = {f"t{i}": i for i in range(20)}
+  (tokenizer / "tokenizer.json").write_text(
+      json.dumps({"model": {"vocab": vocab}, "added_tokens": [{"id": 20}]})
+  )
+  (tokenizer / "tokenizer_config.json").write_text("{}")
+  (tokenizer / "chat_template.jinja").write_text("{{ messages }}")
+  (tokenizer / "secret.py").write_text("raise SystemExit")
+  hf.save_params(
+      base / "model", make_params(), CONFIG, tokenizer_dir=tokenizer,
+      stop_ids=(5, 9), card="Trained in a test.", max_shard_bytes=3_000,
+  )
+  return base / "model"
+
+
+@pytest.fixture
+def folder(exported, tmp_path):
+  return pathlib.Path(shutil.copytree(exported, tmp_path / "model"))
+
+
+def weights_of(folder):
+  return {
+      name: array
+      for path in sorted(folder.glob("*.safetensors"))
+      for name, array in safetensors.numpy.load_file(path).items()
+  }
+
+
+def edit_json(path, **changes):
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_weights(folder, change):
+  """One file without an index, after change(tensors)."""
+  tensors = weights_of(folder)
+  for path in folder.glob("model*.safetensors*"):
+    path.unlink()
+  change(tensors)
+  tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  safetensors.numpy.save_file(tensors, folder / shards.SINGLE)
+
+
+# --- round trips --------------------------------------------------------------
+
+
+def test_an_export_holds_what_readers_look_for(exported):
+  index = json.loads((exported / shards.INDEX).read_text())
+  tensors = weights_of(exported)
+  assert len(set(index["weight_map"].values())) > 2
+  assert set(index["weight_map"]) == set(tensors)
+  assert index["metadata"]["total_size"] == sum(
+      x.nbytes for x in tensors.values()
+  )
+  config = json.loads((exported / "config.json").read_text())
+  assert config["torch_dtype"] == "float32"
+  assert config["architectures"] == ["Qwen2ForCausalLM"]
+  generation = json.loads((exported / "generation_config.json").read_text())
+  assert generation == dict(bos_token_id=1, eos_token_id=[2, 5, 9],
+                            pad_token_id=0)
+  assert (exported / "chat_template.jinja").read_text() == "{{ messages }}"
+  assert (exported / "tokenizer.json").exists()
+  assert not (exported / "secret.py").exists()
+  card = (exported / "README.md").read_text()
+  assert card.startswith("---\nlibrary_name: transformers\n")
+  assert "Trained in a test." in card
+  hf.check_tokenizer(exported, hf.load_config(exported))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_import_then_export_gives_the_same_bytes(dtype, tmp_path):
+  params = make_params(dtype=dtype)
+  hf.save_params(tmp_path / "a", params, CONFIG)
+  again = hf.load_params(tmp_path / "a", hf.load_config(tmp_path / "a"),
+                         dtype=dtype)
+  jax.tree.map(np.testing.assert_array_equal, again, params)
+  hf.save_params(tmp_path / "b", again, CONFIG)
+  one, two = (tmp_path / x / shards.SINGLE for x in "ab")
+  assert one.read_bytes() == two.read_bytes()
+  name = "model.layers.1.mlp.down_proj.weight"
+  kernel = params["layers"]["mlp"]["down_proj"]["kernel"][1]
+  np.testing.assert_array_equal(weights_of(tmp_path / "a")[name].T, kernel)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_weights_go_straight_into_their_shards(folder):
+  mesh = sharding.make_mesh(data=1, fsdp=4, tensor=2)
+  shardings = sharding.infer_shardings(
+      decoder.param_shapes(CONFIG), decoder.PARAM_RULES, mesh
+  )
+  params = hf.load_params(folder, CONFIG, shardings=shardings)
+  assert jax.tree.map(lambda x: x.sharding, params) == shardings
+  kernel = params["layers"]["attention"]["q_proj"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (3, 4, 12)
+  jax.tree.map(np.testing.assert_array_equal, params, make_params())
+  assert hf.params_sha256(params) == hf.params_sha256(make_params())
+  hf.save_params(folder / "again", params, CONFIG, max_shard_bytes=3_000)
+  for path in folder.glob("*.safetensors"):
+    assert path.read_bytes() == (folder / "again" / path.name).read_bytes()
+
+
+def test_the_hash_of_the_weights_sees_every_bit():
+  params = make_params()
+  seen = {hf.params_sha256(params)}
+  flipped = jax.tree.map(lambda x: x, params)
+  scale = np.array(flipped["final_norm"]["scale"])
+  scale.view(np.uint32)[3] ^= 1
+  flipped["final_norm"]["scale"] = scale
+  seen.add(hf.params_sha256(flipped))
+  renamed = dict(params, other_norm=params["final_norm"])
+  del renamed["final_norm"]
+  seen.add(hf.params_sha256(renamed))
+  seen.add(hf.params_sha256(jax.tree.map(lambda x: x.view(jnp.int32), params)))
+  seen.add(hf.params_sha256(dict(params, lm_head={
+      "kernel": params["lm_head"]["kernel"].reshape(24, 16)})))
+  assert len(seen) == 5
+  same = {name: params[name] for name in reversed(params)}
+  assert hf.params_sha256(same) in seen
+
+
+@pytest.mark.parametrize("fault", ["killed", "wrong bytes"])
+def test_a_failed_export_leaves_the_old_one(fault, folder, monkeypatch):
+  before = {p.name: p.read_bytes() for p in folder.iterdir()}
+  save, load = safetensors.numpy.save_file, safetensors.numpy.load_file
+  calls = []
+
+  def save_two(tensors, path, **kw):
+    calls.append(path)
+    if fault == "killed" and len(calls) == 3:
+      raise KeyboardInterrupt
+    save(tensors, path, **kw)
+
+  def load_wrong(path):
+    tensors = load(path)
+    next(iter(tensors.values())).flat[0] += 1
+    return tensors
+
+  monkeypatch.setattr(safetensors.numpy, "save_file", save_two)
+  if fault == "wrong bytes":
+    monkeypatch.setattr(safetensors.numpy, "load_file", load_wrong)
+  with pytest.raises((KeyboardInterrupt, errors.ModelDirError)) as caught:
+    hf.save_params(folder, make_params(), CONFIG, max_shard_bytes=3_000)
+  if fault == "wrong bytes":
+    assert caught.value.slug == "hf.export"
+  assert calls
+  assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+  assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("family", config_lib.FAMILIES)
+def test_config_survives_writing_and_reading(family):
+  raw = dict(
+      model_type=family, vocab_size=31, hidden_size=16, intermediate_size=24,
+      num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2,
+      head_dim=6, rope_theta=5e5, sliding_window=9, use_sliding_window=True,
+      max_window_layers=3, eos_token_id=[3, 4], rms_norm_eps=1e-4,
+      query_pre_attn_scalar=32, final_logit_softcapping=20.0,
+  )
+  if family == "llama":
+    del raw["sliding_window"], raw["query_pre_attn_scalar"]
+    del raw["use_sliding_window"], raw["max_window_layers"]
+    del raw["final_logit_softcapping"]
+    raw["rope_scaling"] = dict(type="linear", factor=2.0)
+  known = config_lib._KEYS["all"] | config_lib._KEYS[family]
+  raw = {
+      key: value for key, value in raw.items()
+      if key in known or not config_lib._FEATURE.search(key)
+  }
+  config = config_lib.from_hf(raw)
+  written = config_lib.to_hf(config)
+  assert config_lib.from_hf(json.loads(json.dumps(written))) == config
+  assert hash(config) == hash(dataclasses.replace(config))
+  windows = dict(
+      llama=0, mistral=7, qwen2=4, qwen3=4, gemma2=4, gemma3_text=6
+  )
+  assert sum(w == 9 for w in config.windows) == windows[family]
+
+
+def test_generation_config_gives_way_with_a_warning(folder, caplog):
+  edit_json(folder / "generation_config.json", eos_token_id=[7])
+  with caplog.at_level(logging.WARNING):
+    assert hf.load_config(folder).eos_token_ids == (2, 5)
+  assert "eos_token_id" in caplog.text
+  edit_json(folder / "config.json", eos_token_id=None)
+  assert hf.load_config(folder).eos_token_ids == (7,)
+
+
+# --- bad folders --------------------------------------------------------------
+
+
+def load(folder):
+  config = hf.load_config(folder)
+  hf.check_tokenizer(folder, config)
+  return hf.load_params(folder, config)
+
+
+def config_is(**changes):
+  return lambda folder: edit_json(folder / "config.json", **changes)
+
+
+def first_shard(folder):
+  return min(folder.glob("*.safetensors"))
+
+
+def shard_is(make):
+  def change(folder):
+    path = first_shard(folder)
+    path.write_bytes(make(path.read_bytes()))
+
+  return change
+
+
+def index_is(change):
+  def edit(folder):
+    path = folder / shards.INDEX
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+
+  return edit
+
+
+def swap_files(weights):
+  (a, x), *_, (b, y) = weights.items()
+  weights[a], weights[b] = y, x
+
+
+def outward_link(folder):
+  path = first_shard(folder)
+  target = folder.parent / path.name
+  path.rename(target)
+  path.symlink_to(target)
+
+
+def only_pickle(folder):
+  edit_weights(folder, lambda tensors: None)
+  (folder / shards.SINGLE).rename(folder / "pytorch_model.bin")
+
+
+def drop(name):
+  return lambda folder: edit_weights(folder, lambda t: t.pop(name))
+
+
+def put(name, make):
+  def change(tensors):
+    tensors[name] = make(tensors.get(name))
+
+  return lambda folder: edit_weights(folder, change)
+
+
+def nan_at(x):
+  x = x.copy()
+  x.flat[5] = np.nan
+  return x
+
+
+def tokens(**changes):
+  return lambda folder: edit_json(folder / "tokenizer.json", **changes)
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FP8 = lambda x: x.astype(ml_dtypes.float8_e4m3fn)
+BAD = [
+    ("H1", lambda f: (f / "config.json").unlink(), "hf.config", "config.json"),
+    ("H1", lambda f: (f / "config.json").write_text("{"), "hf.config", ""),
+    ("H1", lambda f: (f / "config.json").write_text("[]"), "hf.config", ""),
+    ("H1", config_is(model_type="bert"), "hf.config", ""),
+    ("H1", config_is(hidden_size=None), "hf.config", ""),
+    ("H2", lambda f: first_shard(f).unlink(), "hf.shard_missing", "model-0"),
+    ("H2", index_is(lambda w: w.pop(EMBEDDING)), "hf.index", EMBEDDING),
+    ("H2", index_is(swap_files), "hf.index", "model-0"),
+    ("H2", index_is(lambda w: w.update(x=w[UP])), "hf.index", "x"),
+    ("H3", shard_is(lambda b: b[:-3]), "hf.safetensors", "model-00001"),
+    ("H3", shard_is(lambda b: b""), "hf.safetensors", "model-00001"),
+    ("H3", shard_is(lambda b: b"1234567"), "hf.safetensors", "model-00001"),
+    ("H3", shard_is(lambda b: (2**62).to_bytes(8, "little") + b),
+     "hf.safetensors", "model-00001"),
+    ("H3", shard_is(lambda b: b + b"junk"), "hf.safetensors", "model-00001"),
+    ("H3", shard_is(lambda b: b"<!DOCTYPE html>" + b), "hf.safetensors",
+     "model-00001"),
+    ("H3", shard_is(lambda b: b"version https://git-lfs.github.com/spec/v1\n"),
+     "hf.safetensors", "model-00001"),
+    ("H4", only_pickle, "hf.unsafe_format", ""),
+    ("H5", config_is(model_type="own", auto_map={"AutoConfig": "a.B"}),
+     "hf.remote_code", ""),
+    ("H6", put(UP, np.transpose), "hf.tensor", UP),
+    ("H6", drop(UP), "hf.tensor", UP),
+    ("H6", put("model.layers.1.mlp.up_proj.bias", lambda _: np.zeros(8, "f4")),
+     "hf.tensor", "up_proj.bias"),
+    ("H6", drop("lm_head.weight"), "hf.tensor", "lm_head.weight"),
+    ("H7", config_is(tie_word_embeddings=True), "hf.tied", "lm_head.weight"),
+    ("H8", config_is(vocab_size=25), "hf.vocab", EMBEDDING),
+    ("H8", tokens(added_tokens=[{"id": 24}]), "hf.vocab", "tokenizer.json"),
+    ("H9", put(UP, nan_at), "hf.non_finite", UP),
+    ("H9", put(UP, FP8), "hf.dtype", UP),
+    ("H9", config_is(quantization_config={"quant_method": "fp8"}), "hf.dtype",
+     "quantization_config"),
+    ("H10", config_is(rope_scaling=dict(rope_type="yarn", factor=4.0)),
+     "hf.feature", "rope_type"),
+    ("H10", config_is(rope_scaling=dict(type="dynamic", factor=4.0)),
+     "hf.feature", "rope_type"),
+    ("H10", config_is(rope_scaling=dict(rope_type="llama3", factor=4.0)),
+     "hf.feature", "llama3"),
+    ("H10", config_is(attn_logit_softcapping=30.0), "hf.feature",
+     "attn_logit_softcapping"),
+    ("H10", config_is(attention_bias=True), "hf.feature", "attention_bias"),
+    ("H10", config_is(layer_types=["chunked_attention"] * 3), "hf.feature",
+     "layer_types"),
+    ("H10", config_is(attention_dropout=0.1), "hf.feature",
+     "attention_dropout"),
+    ("H10", config_is(hidden_act="relu2"), "hf.feature", "hidden_act"),
+    ("H10", config_is(partial_rotary_factor=0.5), "hf.feature",
+     "partial_rotary_factor"),
+    ("H11", lambda f: (f / "tokenizer.json").unlink(), "hf.tokenizer", ""),
+    ("H11", tokens(model={}), "hf.tokenizer", ""),
+    ("H11", config_is(eos_token_id=22), "hf.tokenizer", "config.json"),
+    ("H11", lambda f: (config_is(eos_token_id=None)(f),
+                       (f / "generation_config.json").unlink()),
+     "hf.tokenizer", "config.json"),
+    ("H17", index_is(lambda w: w.update({UP: "../" + w[UP]})),
+     "hf.unsafe_path", ""),
+    ("H17", index_is(lambda w: w.update({UP: "/etc/passwd"})),
+     "hf.unsafe_path", ""),
+    ("H17", outward_link, "hf.unsafe_path", ""),
+]
+
+
+@pytest.mark.parametrize(
+    "spoil, slug, where",
+    [row[1:] for row in BAD],
+    ids=[f"{row[0]}-{i}" for i, row in enumerate(BAD)],
+)
+def test_a_bad_folder_is_refused_by_name(spoil, slug, where, folder):
+  spoil(folder)
+  before = {p.name: p.read_bytes() for p in folder.iterdir()}
+  with pytest.raises(errors.ModelDirError) as caught:
+    load(folder)
+  assert caught.value.slug == slug
+  assert caught.value.exit_code == 4
+  assert where in caught.value.where
+  assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_pointer_and_web_page_get_their_own_hint(folder):
+  for start, hint in ((b"version https://git-lfs", "git lfs pull"),
+                      (b"<html>", "web page")):
+    first_shard(folder).write_bytes(start + b" " * 90)
+    with pytest.raises(errors.ModelDirError, match=hint):
+      load(folder)
+
+
+def test_harmless_extras_are_taken(folder):
+  config_is(
+      auto_map={"AutoModel": "code.Model"}, use_cache=True, mlp_bias=False,
+      transformers_version="4.1", rope_scaling=None, sliding_window=4096,
+  )(folder)
+  (folder / "code.py").write_text("raise SystemExit")
+  edit_weights(folder, lambda t: t.update(
+      {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, "f4")}))
+  jax.tree.map(np.testing.assert_array_equal, load(folder), make_params())
+
+
+def test_a_tied_head_that_is_stored_too_may_be_equal(folder):
+  edit_weights(folder, lambda t: t.update({"lm_head.weight": t[EMBEDDING]}))
+  config_is(tie_word_embeddings=True)(folder)
+  assert "lm_head" not in load(folder)
+
+
+# --- the hub ------------------------------------------------------------------
+
+
+def answer(status, **headers):
+  """The real exception that the library makes of an answer of the hub."""
+  import huggingface_hub.utils._http as http
+
+  client = http.httpx2 if hasattr(http, "httpx2") else http.httpx
+  url = "https://huggingface.co/api/models/owner/name"
+  response = client.Response(
+      status, headers=headers, request=client.Request("GET", url)
+  )
+  with pytest.raises(hub_errors.HfHubHTTPError) as caught:
+    huggingface_hub.utils.hf_raise_for_status(response)
+  return caught.value
+
+
+HUB = [
+    (lambda: answer(403, **{"X-Error-Code": "GatedRepo"}), "hf.gated",
+     "https://huggingface.co/owner/name"),
+    (lambda: answer(401), "hf.unauthorised",
+     "https://huggingface.co/settings/tokens"),
+    (lambda: answer(403), "hf.unauthorised",
+     "https://huggingface.co/settings/tokens"),
+    (lambda: answer(404, **{"X-Error-Code": "RepoNotFound"}), "hf.missing",
+     "https://huggingface.co/owner/name"),
+    (lambda: answer(404, **{"X-Error-Code": "RevisionNotFound"}),
+     "hf.revision", "https://huggingface.co/owner/name/commits"),
+    (lambda: answer(500), "hf.hub", "https://huggingface.co/owner/name"),
+    (lambda: hub_errors.OfflineModeIsEnabled("off"), "hf.hub", "owner/name"),
+    (lambda: ConnectionError("no route"), "hf.hub", "owner/name"),
+]
+
+
+@pytest.mark.parametrize("make_error, slug, page", HUB,
+                         ids=[f"{i}-{row[1]}" for i, row in enumerate(HUB)])
+def test_a_refusal_of_the_hub_names_the_page_to_visit(
+    make_error, slug, page, monkeypatch
+):
+  def refuse(*args, **kwargs):
+    raise make_error()
+
+  def not_cached(*args, **kwargs):
+    raise hub_errors.LocalEntryNotFoundError("not there")
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", refuse)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", not_cached)
+  with pytest.raises(errors.ModelDirError) as caught:
+    hf.resolve_model("owner/name")
+  assert caught.value.slug == slug
+  assert page in caught.value.hint
+
+
+def test_a_hub_name_becomes_a_folder_of_one_commit(
+    folder, tmp_path, monkeypatch
+):
+  commit = "0123456789abcdef0123456789abcdef01234567"
+  asked = []
+
+  def repo_info(self, name, *, revision, timeout):
+    asked.append((name, revision))
+    return huggingface_hub.ModelInfo(
+        id=name, sha=commit, private=False, downloads=0, likes=0, tags=[]
+    )
+
+  def snapshot_download(name, *, revision, allow_patterns):
+    asked.append((name, revision))
+    # as in the hub's cache: a folder of links to blobs
+    base = tmp_path / "models--owner--name"
+    target, blobs = base / "snapshots" / revision, base / "blobs"
+    target.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+      shutil.copy(path, blobs / path.name)
+      (target / path.name).symlink_to(f"../../blobs/{path.name}")
+    return str(target)
+
+  monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", repo_info)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+  found = hf.resolve_model("owner/name", "main")
+  assert asked == [("owner/name", "main"), ("owner/name", commit)]
+  assert found.name == commit
+  jax.tree.map(np.testing.assert_array_equal, load(found), make_params())
+
+
+def test_a_folder_is_itself_and_a_lost_one_is_named(folder):
+  assert hf.resolve_model(str(folder)) == folder
+  with pytest.raises(errors.ModelDirError) as caught:
+    hf.resolve_model(str(folder / "nowhere"))
+  assert caught.value.slug == "hf.path"
