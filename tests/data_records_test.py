@@ -302,3 +302,18 @@ def test_a_missing_local_file_is_not_taken_for_a_hub_name():
   assert not files.is_hub_name("data/train.jsonl")
   assert not files.is_hub_name("a/b/c")
   assert files.is_hub_name("berkeley-nest/Nectar")
+
+
+def test_a_store_of_a_hub_set_is_keyed_by_its_commit(
+    hub, monkeypatch, tmp_path):
+  import datasets
+
+  from mcpo_jax.data import store, tokenizer
+
+  monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [
+      {"prompt": "a", "chosen": "b", "rejected": "c"}])
+  tok = tokenizer.load_tokenizer(tokenizer.train_tokenizer(
+      ["a"], vocab_size=300, out_dir=tmp_path / "tok"))
+  built = store.build_store(
+      [("owner/set", "auto", 1.0, "main")], tok, cache_dir=tmp_path / "cache")
+  assert built.report["revisions"] == {"owner/set": "c0ffee"}

@@ -229,6 +229,21 @@ def test_a_template_that_rewrites_the_prompt_is_refused(folders):
   assert e.value.slug == "data.template_prefix"
 
 
+@pytest.mark.parametrize("template, what", [
+    ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
+     "{% endfor %}", "time"),
+    ("{% set a = 'a' * 3000000000 %}", "memory"),
+    ("{{ 'a' * 2000000 }}", "output")])
+def test_a_template_may_not_use_up_the_machine(
+    folders, monkeypatch, template, what):
+  monkeypatch.setattr(tokenizer_lib, "_TRIAL_SECONDS", 1)
+  with pytest.raises(errors.ModelDirError) as e:
+    tokenizer_lib.load_tokenizer(
+        folders["llama3"], chat_template=template)
+  assert e.value.slug == "hf.template"
+  assert what in e.value.message
+
+
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}",
     "{% if %}", "{{ bos_token }}"])

@@ -152,9 +152,14 @@ class Store:
     return int(np.diff(self.arrays["row_candidate"])[
         self.arrays["index"]].max())
 
+  @property
+  def has_contrast(self) -> np.ndarray:
+    """[N] bool, True where some candidate is better than another."""
+    return self.arrays["contrast"][self.arrays["index"]] > 0
+
   def contrast_rows(self) -> np.ndarray:
-    """[n] int64, the sets in which some candidate is better than another."""
-    return np.flatnonzero(self.arrays["contrast"][self.arrays["index"]])
+    """[n] int64, the sets that have contrast."""
+    return np.flatnonzero(self.has_contrast)
 
 
 def _uint64(content: str | bytes) -> int:
@@ -169,14 +174,14 @@ def example_id(prompt_id: str) -> np.ndarray:
 
 
 def _source_digest(path: str, revision: str | None) -> str:
-  """Hash of a source's content; of a hub name its commit."""
+  """Hash of a source's content; a hub name with its commit is one."""
   if (split := records.embedded_split(path)) is not None:
     from mcpo_jax.data import quickstart
 
     parts = [json.dumps(r[:6], default=str) for r in quickstart.records(split)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
   if files.is_hub_name(path):
-    return f"{path}@{files.resolve_revision(path, revision)}"
+    return f"{path}@{revision}"
   found = [f for p in files.expand(path) for f in (
       sorted(q for q in p.rglob("*") if q.is_file()) if p.is_dir() else [p])]
   return "+".join(commit.file_sha256(f) for f in found)
@@ -489,6 +494,9 @@ def build_store(
           want=", ".join(allowed))
   sources = [(str(p), f, float(w), r) for p, f, w, r in sources]
   _check_sources(sources)
+  sources = [  # a branch is looked up once: what is read is what is keyed
+      (p, f, w, files.resolve_revision(p, r) if files.is_hub_name(p) else r)
+      for p, f, w, r in sources]
   if think is not None:
     tokenizer = dataclasses.replace(tokenizer, think=think)
   vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
@@ -595,7 +603,8 @@ def _build(
     writer._write("index", index)
     counts["duplicate_rows"] = len(again)
     counts.update(tokenizer.counts - before)
-    return _report(counts, arrays, keep, index)
+    revisions = {p: r for p, _, _, r in sources if files.is_hub_name(p)}
+    return _report(counts, arrays, keep, index) | {"revisions": revisions}
   finally:
     writer.close()
     rejected.close()

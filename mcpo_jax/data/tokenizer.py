@@ -12,11 +12,14 @@ as plain text: the string is cut after its first character before tokenising.
 import collections
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -48,6 +51,30 @@ _THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 # What looks like a control token in a template: <|x|>, <start_of_x>, [INST].
 _TURN_MARK = re.compile(r"<\|[^|<>]+\|>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z]{3,}\]")
 _THINK_TAGS = ("<think>", "</think>")
+
+
+# A template is a stranger's program. Its first run is in a process that may use
+# little time, memory and output; the sandbox alone stops none of these.
+_TRIAL_SECONDS, _TRIAL_BYTES, _TRIAL_OUTPUT = 5, 2**30, 2**20
+_TRIAL = """
+import json, resource, sys
+import jinja2.ext, jinja2.sandbox
+asked = json.load(sys.stdin)
+resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"],) * 2)
+if sys.platform == "linux":  # macOS knows the limit and refuses to set it
+  resource.setrlimit(resource.RLIMIT_AS, (asked["bytes"],) * 2)
+environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+try:
+  size = sum(map(len, environment.from_string(asked["template"]).generate(
+      messages=asked["messages"], add_generation_prompt=True,
+      bos_token="", eos_token="")))
+except MemoryError:
+  sys.exit(2)
+except Exception:
+  sys.exit(0)  # what it raises is told by the run that counts
+sys.exit(3 if size > asked["output"] else 0)
+"""
 
 
 class Encoded(NamedTuple):
@@ -223,7 +250,7 @@ class Tokenizer:
         raise errors.DataError(
             "data.chat_template", "several turns need a chat template",
             where=f"{where}, prompt", got=f"{len(prompt)} messages",
-            want="one user turn", hint="set data.chat_template")
+            want="one user turn", hint="set tokenizer.chat_template")
       return [], self._plain(prompt[0]["content"], where)
     messages = self._plain(prompt, where)
     text = None
@@ -291,7 +318,7 @@ class Tokenizer:
       if len(turns) > 1 or turns[0].get("tool_calls"):
         raise errors.DataError(
             "data.chat_template", "several turns need a chat template",
-            where=where, hint="set data.chat_template")
+            where=where, hint="set tokenizer.chat_template")
       text = self._plain(turns[0]["content"], where)
       return [*self._reasoned("", text, "", where),
               _Piece("", True, self.end_id)]
@@ -329,7 +356,7 @@ class Tokenizer:
       if not found or _PROBE in tail:
         raise errors.DataError(
             "data.chat_template", "the template does not show an assistant "
-            "turn once", where=where, hint="set data.chat_template")
+            "turn once", where=where, hint="set tokenizer.chat_template")
       body, shown, end = self._cut_end(tail, search_last=False)
       if "<think>" in lead and "</think>" in content and self.think != "strip":
         lead = lead[: lead.index("<think>")]
@@ -388,7 +415,7 @@ class Tokenizer:
       raise errors.DataError(
           "data.bos", "BOS stands twice" if twice else "BOS is missing",
           where=f"{where}, prompt", got=ids[:3], want=f"{bos} once",
-          hint="correct the chat template, or set tokenizer.bos")
+          hint="set a tokenizer.chat_template that begins with bos_token")
     return np.array(ids, np.int64)
 
   def _join(
@@ -438,14 +465,15 @@ def _suffix(full: str, start: str, where: str) -> str:
     raise errors.DataError(
         "data.template_prefix", "the rendered conversation does not begin with "
         "the rendered prompt", where=where,
-        hint="the chat template rewrites earlier turns; set data.chat_template")
+        hint="the chat template rewrites earlier turns; set "
+        "tokenizer.chat_template")
   return full[len(start) :]
 
 
 def _template_error(e: Exception, where: str) -> errors.DataError:
   return errors.DataError(
       "data.chat_template", f"the chat template refuses the messages: "
-      f"{type(e).__name__}", where=where, hint="set data.chat_template")
+      f"{type(e).__name__}", where=where, hint="set tokenizer.chat_template")
 
 
 def _fold_system(messages: Messages, where: str) -> Messages:
@@ -507,7 +535,7 @@ def load_tokenizer(
   for name, (value, allowed) in choices.items():
     if value not in allowed:
       raise errors.ConfigError(
-          "config.choice", "no such choice", where=f"data.{name}", got=value,
+          "config.choice", "no such choice", where=name, got=value,
           want=", ".join(allowed))
   import transformers
 
@@ -553,7 +581,33 @@ def load_tokenizer(
       end_id=hf.eos_token_id, counts=collections.Counter())
   if template is None:
     return tokenizer
+  if template != DEFAULT_CHAT_TEMPLATE:
+    _try_template(template, str(path))
   return dataclasses.replace(tokenizer, end_id=_end_of_turn(tokenizer, path))
+
+
+@functools.lru_cache(maxsize=64)
+def _try_template(template: str, path: str) -> None:
+  """Refuses a template that uses too much time, memory or output.
+
+  Raises:
+    ModelDirError: hf.template.
+  """
+  asked = {
+      "template": re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template),
+      "messages": [{"role": "user", "content": "a"}],
+      "seconds": _TRIAL_SECONDS, "bytes": _TRIAL_BYTES,
+      "output": _TRIAL_OUTPUT,
+  }
+  done = subprocess.run(
+      [sys.executable, "-c", _TRIAL], input=json.dumps(asked), text=True,
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+  if done.returncode:
+    what = {2: "memory", 3: "output"}.get(done.returncode, "time")
+    raise errors.ModelDirError(
+        "hf.template", f"the chat template uses too much {what}", where=path,
+        want=f"{_TRIAL_SECONDS} s, {_TRIAL_BYTES} bytes of memory and "
+        f"{_TRIAL_OUTPUT} characters for one short turn")
 
 
 def _end_of_turn(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
@@ -567,7 +621,7 @@ def _end_of_turn(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
   except Exception as e:  # a template is a program of a stranger
     raise errors.ModelDirError(
         "hf.template", f"the chat template fails: {type(e).__name__}: {e}",
-        where=str(path), hint="set data.chat_template") from None
+        where=str(path), hint="set tokenizer.chat_template") from None
   return tokenizer._cut_end(full.rpartition(_PROBE)[2], search_last=False)[2]
 
 
