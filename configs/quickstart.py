@@ -24,12 +24,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.data.path = "embedded:quickstart/train"
   config.data.eval_path = "embedded:quickstart/eval"
-  config.data.max_prompt_length = 64
-  config.data.max_completion_length = 64
-  config.data.stream_length = 384
+  config.data.max_prompt_length = 48
+  config.data.max_completion_length = 48
+  config.data.stream_length = 256
   config.sft.data_path = "embedded:quickstart/sft"
   config.sft.num_steps = 900
-  config.sft.optimizer.learning_rate = 2e-3
+  config.sft.optimizer.learning_rate = 3e-3
 
   config.objective.beta = 0.1
   config.kernel.temperature = 1 / 3
