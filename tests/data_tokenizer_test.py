@@ -420,3 +420,13 @@ def test_a_missing_or_endless_tokenizer_is_named(tmp_path):
   with pytest.raises(errors.ModelDirError) as e:
     tokenizer_lib.load_tokenizer(tmp_path)
   assert "EOS" in e.value.message
+
+
+def test_tools_of_a_record_reach_the_template(folders):
+  template = ("{% if tools %}{{ tools[0]['function']['name'] }} {% endif %}"
+              + CHATML)
+  tok = tokenizer_lib.load_tokenizer(
+      folders["chatml"], chat_template=template)
+  tool = {"type": "function", "function": {"name": "clock"}}
+  encoded = tok.encode_record(record([USER], "Yes", tools=[tool]))
+  assert text_of(tok, encoded.prompt).startswith("clock <|im_start|>user")
