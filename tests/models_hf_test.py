@@ -1,7 +1,6 @@
 """Hugging Face folders without torch: in and out, whole or not at all."""
 
 import dataclasses
-import functools
 import json
 import logging
 import pathlib
@@ -12,6 +11,7 @@ import huggingface_hub.errors as hub_errors
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import models_streams
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -37,10 +37,9 @@ CONFIG = ModelConfig(
 )
 
 
-@functools.cache
-def make_params(config=CONFIG, dtype=jnp.float32):
-  init = functools.partial(decoder.init_params, config=config, dtype=dtype)
-  return jax.jit(init)(jax.random.key(0))
+def make_params(dtype=jnp.float32):
+  params = models_streams.random_params(CONFIG)
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype), params)
 
 
 @pytest.fixture(scope="module")

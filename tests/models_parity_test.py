@@ -191,27 +191,47 @@ def test_logits_equal_transformers_in_float64(name, tmp_path, x64):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers_in_float32(name, tmp_path):
-  model = make_reference(name, tmp_path, dtype=torch.float32)
+def test_logps_and_exports_equal_transformers_in_float32(name, tmp_path):
+  model = make_reference(name, tmp_path / "theirs", dtype=torch.float32)
+  config = hf.load_config(tmp_path / "theirs")
+  params = hf.load_params(tmp_path / "theirs", config)
+  tokens = tokens_of()
+  with torch.no_grad():
+    want = model(torch.tensor(tokens)).logits
+  got = our_logits(params, config, tokens, jnp.float32)
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+  hf.save_params(
+      tmp_path / "ours", params, config, max_shard_bytes=20_000, stop_ids=(7,)
+  )
+  assert hf.load_config(tmp_path / "ours") == config
+  again = hf.load_params(tmp_path / "ours", config)
+  jax.tree.map(np.testing.assert_array_equal, params, again)
+  exported = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path / "ours", attn_implementation="eager"
+  )
+  assert exported.dtype == torch.float32
+  assert exported.generation_config.eos_token_id == [5, 7]
+  with torch.no_grad():
+    assert torch.equal(exported(torch.tensor(tokens)).logits, want)
+
+
+def test_token_logps_equal_transformers(tmp_path):
+  model = make_reference("gemma2", tmp_path, dtype=torch.float32)
   config = hf.load_config(tmp_path)
   params = hf.load_params(tmp_path, config)
   tokens = tokens_of()
-  with torch.no_grad():
-    want = model(torch.tensor(tokens)).logits.numpy()
-  got = our_logits(params, config, tokens, jnp.float32)
-  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
-  # and the log-probabilities of all but the first token
   streams = one_prompt(tokens)
-  source = np.maximum(streams.positions - 1, 0)
   streams = streams._replace(
-      source=source, completion_mask=streams.positions > 0
+      source=np.maximum(streams.positions - 1, 0),
+      completion_mask=streams.positions > 0,
   )
-  logps = jax.jit(scoring.token_logps, static_argnums=1)(
-      params, config, streams
-  )
-  want = torch.log_softmax(torch.tensor(want), -1).numpy()
+  got = jax.jit(scoring.token_logps, static_argnums=1)(params, config, streams)
+  with torch.no_grad():
+    want = model(torch.tensor(tokens)).logits.log_softmax(-1).numpy()
   want = np.take_along_axis(want[:, :-1], tokens[:, 1:, None], -1)[..., 0]
-  np.testing.assert_allclose(logps[:, 1:], want, rtol=0, atol=2e-5)
+  np.testing.assert_allclose(got[:, 1:], want, rtol=0, atol=2e-5)
+  assert (got[:, 0] == 0).all()
 
 
 @pytest.mark.parametrize(
@@ -262,29 +282,6 @@ def test_biases_matter(name, tmp_path):
   tokens = tokens_of(1)
   got = [our_logits(p, config, tokens, jnp.float32) for p in (params, without)]
   assert np.abs(got[0] - got[1]).max() > 1e-3
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_export_loads_in_transformers_with_the_same_logits(name, tmp_path):
-  make_reference(name, tmp_path / "theirs", dtype=torch.float32)
-  config = hf.load_config(tmp_path / "theirs")
-  params = hf.load_params(tmp_path / "theirs", config)
-  hf.save_params(
-      tmp_path / "ours", params, config, max_shard_bytes=20_000, stop_ids=(7,)
-  )
-  assert hf.load_config(tmp_path / "ours") == config
-  again = hf.load_params(tmp_path / "ours", config)
-  jax.tree.map(np.testing.assert_array_equal, params, again)
-  tokens = tokens_of(1)
-  model = transformers.AutoModelForCausalLM.from_pretrained(
-      tmp_path / "ours", attn_implementation="eager"
-  )
-  assert model.dtype == torch.float32
-  assert 7 in model.generation_config.eos_token_id
-  with torch.no_grad():
-    want = model(torch.tensor(tokens)).logits.numpy()
-  got = our_logits(params, config, tokens, jnp.float32)
-  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
 
 def test_the_old_layout_of_config_json_reads_the_same():

@@ -1,8 +1,22 @@
-"""Builds streams by hand for tests, one set a stream."""
+"""Small inputs of a decoder for tests: streams, one set each, and weights."""
 
+import jax
 import numpy as np
 
+from mcpo_jax.models import decoder
 from mcpo_jax.types import Streams
+
+
+def random_params(config, dtype=np.float32, scale=0.3):
+  """Weights without compiling anything: all random, norms near their start."""
+  rng = np.random.default_rng(1)
+
+  def draw(path, shape):
+    start = path[-1].key == "scale" and not config.norm_offset
+    return (start + scale * rng.normal(size=shape.shape)).astype(dtype)
+
+  shapes = decoder.param_shapes(config)
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def pack(sets, length, *, pad_id=0):

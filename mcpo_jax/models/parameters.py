@@ -126,4 +126,9 @@ class Decoder(nnx.Module):
 
 
 def _normal(rngs, shape, dtype, std):
-  return std * jax.random.normal(rngs.params(), shape, dtype)
+  # A kernel and one of the opposite direction are drawn in the same shape: XLA
+  # takes about a second to compile the draw of each new shape.
+  turned = shape[-2] > shape[-1]
+  drawn = (*shape[:-2], *sorted(shape[-2:]))
+  x = std * jax.random.normal(rngs.params(), drawn, dtype)
+  return jnp.swapaxes(x, -2, -1) if turned else x
