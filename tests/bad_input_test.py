@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import models_folders
 import pytest
 
 from mcpo_jax import errors
@@ -301,6 +302,7 @@ TABLE = [
     _data("D36 id", _read(KWISE | {"prompt_id": "p"},
                           KWISE | {"prompt": "z", "prompt_id": "p"}),
           "data.duplicate_id", "x.jsonl:2, prompt_id"),
+    *models_folders.cases(Case),
 ]
 
 
