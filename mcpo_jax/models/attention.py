@@ -129,8 +129,8 @@ def attend_cache(
 
   Args:
     q: [R, H, E].
-    keys: [R, L, N, E], slot i holds the key of position i.
-    values: [R, L, N, E].
+    keys: [R, N, L, E], slot i holds the key of position i.
+    values: [R, N, L, E].
     positions: [R] int32, of the new token, whose key is in the cache already.
     window: [] int32.
     scale: factor on q·k.
@@ -140,15 +140,15 @@ def attend_cache(
     [R, H, E] in the dtype of values.
   """
   rows, heads, width = q.shape
-  length, kv_heads = keys.shape[1:3]
+  kv_heads, length = keys.shape[1:3]
   q = q.reshape(rows, kv_heads, heads // kv_heads, width)
   distance = positions[:, None] - jnp.arange(length)[None]
   visible = (distance >= 0) & (distance < window)  # [R, L]
   scores = jnp.einsum(
-      "rnge,rlne->rngl", q, keys, preferred_element_type=_wide(q.dtype)
+      "rnge,rnle->rngl", q, keys, preferred_element_type=_wide(q.dtype)
   )
   weights = _softmax(scores, visible[:, None, None], scale, softcap)
-  out = jnp.einsum("rngl,rlne->rnge", weights.astype(values.dtype), values)
+  out = jnp.einsum("rngl,rnle->rnge", weights.astype(values.dtype), values)
   return out.reshape(rows, heads, width)
 
 

@@ -190,7 +190,10 @@ def _mlp(h, weights, config):
 
 
 def _linear(x, weights):
-  y = x @ weights["kernel"].astype(x.dtype)
+  # Two axes: XLA:CPU is slow at a product that sums over two axes at once,
+  # which the gradient of the weights would be.
+  y = x.reshape(-1, x.shape[-1]) @ weights["kernel"].astype(x.dtype)
+  y = y.reshape(*x.shape[:-1], -1)
   if "bias" in weights:
     y = y + _along_last(weights["bias"].astype(x.dtype), y)
   return y
@@ -217,8 +220,8 @@ def _along_last(vector, x):
 class Cache(NamedTuple):
   """Keys and values of the tokens so far; slot i holds position i."""
 
-  keys: jax.Array  # [L, R, length, N, E]
-  values: jax.Array  # [L, R, length, N, E]
+  keys: jax.Array  # [L, R, N, length, E]
+  values: jax.Array  # [L, R, N, length, E]
   lengths: jax.Array  # [R] int32, tokens of each row in the cache
 
 
@@ -234,7 +237,7 @@ def init_cache(
     dtype: of keys and values.
   """
   shape = (
-      config.num_layers, rows, length, config.num_kv_heads, config.head_dim
+      config.num_layers, rows, config.num_kv_heads, length, config.head_dim
   )
   return Cache(
       keys=jnp.zeros(shape, dtype),
@@ -276,8 +279,8 @@ def prefill(
   )
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
   cache = Cache(
-      keys=cache.keys.at[:, :, :width].set(keys),
-      values=cache.values.at[:, :, :width].set(values),
+      keys=cache.keys.at[..., :width, :].set(jnp.swapaxes(keys, 2, 3)),
+      values=cache.values.at[..., :width, :].set(jnp.swapaxes(values, 2, 3)),
       lengths=lengths.astype(jnp.int32),
   )
   return head_logits(params, config, last), cache
@@ -306,7 +309,7 @@ def decode_step(
 
   def attend(q, k, v, window, index, state):
     keys, values = (
-        whole.at[index, rows, positions].set(new)
+        whole.at[index, rows, :, positions].set(new)
         for whole, new in zip(state, (k, v))
     )
     out = attention.attend_cache(
