@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax.models import config as config_lib
-from mcpo_jax.models import decoder, hf, rope, scoring
+from mcpo_jax.models import decoder, hf, scoring
 from mcpo_jax.types import Streams
 
 torch = pytest.importorskip("torch")
@@ -114,7 +114,7 @@ def make_reference(name, folder, *, dtype=torch.float64):
 
 
 @contextlib.contextmanager
-def true_float64(model, config):
+def true_float64(model):
   """Lifts the casts to float32 that transformers has in its code."""
   softmax = torch.nn.functional.softmax
 
@@ -123,16 +123,6 @@ def true_float64(model, config):
     return self if narrow else to(self, *args, **kwargs)
 
   to = torch.Tensor.to
-  bases = rope.bases(config)
-  for module in model.modules():
-    for key in list(module._buffers):
-      if key.endswith("inv_freq"):
-        local = key.startswith("sliding") and len(bases) > 1
-        module._buffers[key] = torch.tensor(bases[-1 if local else 0])
-      elif key == "embed_scale":
-        module._buffers[key] = torch.tensor(
-            config.hidden_size**0.5, dtype=torch.float64
-        )
   with (
       mock.patch.object(torch.Tensor, "float", lambda self: self.double()),
       mock.patch.object(torch.Tensor, "to", keep),
@@ -142,6 +132,14 @@ def true_float64(model, config):
           lambda x, dim, dtype=None, **kw: softmax(x, dim=dim),
       ),
   ):
+    for module in model.modules():
+      if type(module).__name__.endswith("RotaryEmbedding"):
+        again = type(module)(module.config)  # now in float64
+        module._buffers.update(again._buffers)
+      elif "embed_scale" in module._buffers:
+        module._buffers["embed_scale"] = torch.tensor(
+            model.config.hidden_size**0.5, dtype=torch.float64
+        )
     yield
 
 
@@ -182,7 +180,7 @@ def test_logits_equal_transformers_in_float64(name, tmp_path, x64):
   config = hf.load_config(tmp_path)
   params = hf.load_params(tmp_path, config, dtype=jnp.float64)
   tokens = tokens_of()
-  with torch.no_grad(), true_float64(model, config):
+  with torch.no_grad(), true_float64(model):
     want = model(torch.tensor(tokens)).logits.numpy()
   assert want.dtype == np.float64
   got = our_logits(params, config, tokens, jnp.float64)

@@ -88,7 +88,7 @@ def head_logits(
 
 
 def _embed(params, config, tokens, dtype):
-  x = params["embed"]["embedding"].astype(dtype)[tokens]
+  x = params["embed"]["embedding"][tokens].astype(dtype)
   if config.embedding_scale:
     x = x * jnp.asarray(config.hidden_size**0.5, dtype)
   return x
