@@ -61,7 +61,7 @@ def test_cotangents_give_the_gradient_of_the_fused_path(x64):
   """A loss that is not separable goes the other way and must agree."""
   stage = cases.stage("dpo", strategy="random",
                       optimizer=cases.OPTIMIZER | SMALL)
-  model = cases.make_model(num_streams=2, dtype=jnp.float64)
+  model = cases.make_model(num_streams=1, dtype=jnp.float64)
   fused, (a,), _ = run(stage, model)
   entry = loop.settings.OBJECTIVES["dpo"]
   loop.settings.OBJECTIVES["dpo"] = entry._replace(separable=False)
@@ -141,9 +141,9 @@ def test_padded_candidates_of_another_row_have_no_gradient():
   one = cases.candidate_set(rng, 1, 5)
   batch = cases.host_batch([one], 6)
   functions = loop.make_functions(stage, model)
-  selection, _, _ = functions.draw(
+  drawn, _, _ = functions.draw(
       0, jnp.zeros((1, 6)), model.put_replicated(batch.meta))
-  (slots,) = loop.drawn_slots(selection, batch, contrast=True)
+  (slots,) = loop.drawn_slots(drawn, batch, contrast=True)
   worst = batch.order[0].index(int(np.argmin(one.scores)))
   assert list(slots) == [0, worst]
 

@@ -155,19 +155,20 @@ def draw(
 
 
 def take_drawn(
-    values: Array, sets: SetBatch, state: KernelState
+    values: Array, sets: SetBatch, state: KernelState, *, spent: bool = True
 ) -> tuple[jax.Array, SetBatch]:
   """Slot 0 and the drawn slots: [B, K] becomes [B, J], J = 1 + M.
 
   Args:
     values: [B, K], e.g. logps.
     sets: [B, K].
-    state: [B, M], a draw from `sets`.
+    state: [B, M], a draw from `sets`; M may be 0.
+    spent: the multiplicity has had its say in the draw and becomes 1; False
+      where everything was taken (`all`).
 
   Returns:
     values: [B, J].
     sets: [B, J]. Not drawn: role 0, `candidate_mask` False, length 0.
-      Multiplicity is 1: it has had its say in the draw.
   """
   slots = jnp.pad(state.selected, ((0, 0), (1, 0)))
   mask = jnp.pad(state.selected_mask, ((0, 0), (1, 0)), constant_values=True)
@@ -176,7 +177,7 @@ def take_drawn(
       role=jnp.where(mask, take(sets.role), 0),
       candidate_mask=jnp.logical_and(mask, take(sets.candidate_mask)),
       candidate_id=take(sets.candidate_id),
-      multiplicity=jnp.ones_like(slots),
+      multiplicity=jnp.ones_like(slots) if spent else take(sets.multiplicity),
       scores=take(sets.scores),
       lengths=jnp.where(mask, take(sets.lengths), 0),
       anchors={name: take(x) for name, x in sets.anchors.items()},

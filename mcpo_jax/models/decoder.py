@@ -79,9 +79,7 @@ def head_logits(
     kernel = params["embed"]["embedding"].T
   else:
     kernel = params["lm_head"]["kernel"]
-  logits = jnp.matmul(
-      hidden, kernel.astype(hidden.dtype), preferred_element_type=wide
-  )
+  logits = _matmul(hidden, kernel, wide)
   if config.final_softcap is not None:
     logits = config.final_softcap * jnp.tanh(logits / config.final_softcap)
   return logits
@@ -197,6 +195,20 @@ def _linear(x, weights):
   if "bias" in weights:
     y = y + _along_last(weights["bias"].astype(x.dtype), y)
   return y
+
+
+def _matmul(x, kernel, dtype):
+  """x [..., in] times kernel [in, out], in the dtype of x, to dtype.
+
+  As one product of two matrices: XLA:CPU runs the backward pass of the product
+  with more axes at two thirds of its speed.
+  """
+  y = jnp.matmul(
+      x.reshape(-1, x.shape[-1]),
+      kernel.astype(x.dtype),
+      preferred_element_type=dtype,
+  )
+  return y.reshape(*x.shape[:-1], -1)
 
 
 def _norm(x, weights, config):

@@ -152,8 +152,8 @@ def run_step(
   logps = model.no_logps(batch)
   if stage.scores_pool:
     logps = score_pool(model, functions, state.params, batch, sets)
-  selection, sets, info = functions.draw(stage.seed, logps, sets)
-  slots = drawn_slots(selection, batch, contrast=stage.entry.contrast)
+  drawn, sets, info = functions.draw(stage.seed, logps, sets)
+  slots = drawn_slots(drawn, batch, contrast=stage.entry.contrast)
   chunks = model.pack(batch.sets, slots, batch.order)
 
   faults.point("step.drawn")
@@ -164,10 +164,10 @@ def run_step(
   if not stage.scores_pool and uncut and (
       stage.entry.separable or len(chunks) == 1):
     total = functions.zeros(
-        state.params, logps, sets, selection, objective_state)
+        state.params, logps, sets, drawn, objective_state)
     for chunk, here in zip(chunks, present):
       total, objective_state = functions.from_loss(
-          state.params, total, model.put(chunk), sets, selection,
+          state.params, total, model.put(chunk), sets, drawn,
           objective_state, here)
       faults.point("step.accumulate")
   else:
@@ -175,13 +175,13 @@ def run_step(
       for chunk in chunks:
         logps += functions.score(state.params, model.put(chunk), sets)
     cotangent, total, objective_state = functions.cotangents(
-        state.params, logps, sets, selection, objective_state)
+        state.params, logps, sets, drawn, objective_state)
     for chunk in chunks:
       total = functions.from_cotangents(
           state.params, total, model.put(chunk), cotangent)
       faults.point("step.accumulate")
   state, metrics = functions.update(
-      state, total, sets, selection, objective_state)
+      state, total, sets, drawn, objective_state)
   return state, metrics | info
 
 
@@ -201,17 +201,17 @@ def score_pool(
 
 
 def drawn_slots(
-    selection: step_lib.Selection, batch: batch_lib.HostBatch, *, contrast: bool
+    drawn: types.KernelState, batch: batch_lib.HostBatch, *, contrast: bool
 ) -> list[np.ndarray]:
   """Per set the slots whose tokens the gradient needs, ascending.
 
   None for a set whose chains drew no negative: it has no gradient.
   """
-  slots, mask = jax.device_get((selection.slots, selection.mask))
+  slots, mask = jax.device_get(drawn)
   out = []
   for b in range(len(batch.sets)):
-    used = np.unique(slots[b][mask[b]])
-    out.append(used if len(used) > 1 or not contrast else used[:0])
+    negatives = np.unique(slots[b][mask[b]]).tolist()
+    out.append([0, *negatives] if negatives or not contrast else [])
   return out
 
 
@@ -240,8 +240,8 @@ def score_held_out(
       batch = with_anchor(batch, reference_logps)
     sets = model.put_replicated(batch.meta)
     logps = score_pool(model, functions, state.params, batch, sets)
-    selection, drawn, _ = functions.draw(stage.seed, logps, sets)
-    loss, _ = functions.evaluate(logps, drawn, selection, state.objective_state)
+    drawn, sets, _ = functions.draw(stage.seed, logps, sets)
+    loss, _ = functions.evaluate(logps, sets, drawn, state.objective_state)
     seen = batch.meta.candidate_mask[:, 0]
     losses.append(np.asarray(loss)[seen])
     ref = batch.meta.anchors.get("ref", np.zeros_like(batch.meta.scores))

@@ -43,45 +43,20 @@ class Accumulator(NamedTuple):
   aux: dict[str, jax.Array]  # name -> [B]
 
 
-class Selection(NamedTuple):
-  """The slots of each set that enter the loss; slot 0 comes first."""
-
-  slots: jax.Array  # [B, J] int32
-  mask: jax.Array  # [B, J] bool
-
-
 class StepFunctions(NamedTuple):
   """Jitted; see the module docstring. Shapes in `make_step_functions`."""
 
   state_shapes: TrainState  # ShapeDtypeStructs with shardings
   init: Callable[..., TrainState]
   score: Callable[..., jax.Array]
-  draw: Callable[..., tuple[Selection, types.SetBatch, dict[str, jax.Array]]]
+  draw: Callable[
+      ..., tuple[types.KernelState, types.SetBatch, dict[str, jax.Array]]]
   zeros: Callable[..., Accumulator]
   from_loss: Callable[..., tuple[Accumulator, Any]]
   cotangents: Callable[..., tuple[jax.Array, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
-
-
-def select_slots(sets: types.SetBatch, selection: Selection) -> types.SetBatch:
-  """The metadata of the selected slots: every [B, K] field becomes [B, J]."""
-  def take(x):
-    return jnp.take_along_axis(x, selection.slots, axis=1)
-
-  mask = take(sets.candidate_mask) & selection.mask
-  return types.SetBatch(
-      role=jnp.where(mask, take(sets.role), 0),
-      candidate_mask=mask,
-      candidate_id=take(sets.candidate_id),
-      multiplicity=take(sets.multiplicity),
-      scores=take(sets.scores),
-      lengths=jnp.where(mask, take(sets.lengths), 0),
-      anchors={name: take(x) for name, x in sets.anchors.items()},
-      example_id=sets.example_id,
-      visit=sets.visit,
-  )
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
@@ -140,15 +115,14 @@ def make_step_functions(
     return sequence_logps(params, streams, *sets.role.shape)
 
   def draw(seed, logps, sets):
-    first = jnp.zeros_like(sets.role[:, :1], jnp.int32)
-    first_mask = sets.candidate_mask[:, :1]
     if strategy == "none":
-      return Selection(first, first_mask), sets, {}
+      nothing = jnp.zeros((len(sets.role), 0), jnp.int32)
+      return types.KernelState(nothing, nothing > 0), sets, {}
     scores = jnp.zeros_like(logps)
     if score is not None:
       scores = mc.kernel_scores(
           logps, sets.anchors.get("ref"), sets.lengths, score=score, beta=beta)
-    chains, info = mc.draw(
+    drawn, info = mc.draw(
         jax.random.key(seed), None, scores, sets, strategy=strategy,
         temperature=1.0 if temperature is None else temperature,
         num_negatives=num_negatives, include_preferred=include_preferred,
@@ -157,54 +131,48 @@ def make_step_functions(
       p_0 = weights.preferred_weight(scores, sets, temperature=temperature)
       sets = sets._replace(anchors=sets.anchors | {
           "preferred_weight": jnp.broadcast_to(p_0[:, None], scores.shape)})
-    if strategy != "all":  # the draw has spent the multiplicity
-      sets = sets._replace(multiplicity=jnp.ones_like(sets.multiplicity))
-    seen = {f"kernel/{name}": _mean(getattr(info, name), first_mask[:, 0])
+    seen = {f"kernel/{name}": _mean(getattr(info, name), sets.candidate_mask[:, 0])
             for name in info._fields if name != "log_weights"}
-    selection = Selection(
-        jnp.concatenate([first, chains.selected], axis=1),
-        jnp.concatenate([first_mask, chains.selected_mask], axis=1))
-    return selection, sets, seen
+    return drawn, sets, seen
 
   def denominator(sets):
     first = sets.candidate_mask[:, 0]
     return jnp.sum(first if reduce == "sets"
                    else jnp.where(first, sets.lengths[:, 0], 0))
 
-  def loss_terms(logps, sets, selection, objective_state, present):
-    batch = select_slots(sets, selection)
+  def loss_terms(logps, sets, drawn, objective_state, present):
+    taken, batch = mc.take_drawn(logps, sets, drawn, spent=strategy != "all")
     batch = batch._replace(
         candidate_mask=batch.candidate_mask & present[:, None],
         role=jnp.where(present[:, None], batch.role, 0))
-    features = types.Features(
-        logps=jnp.take_along_axis(logps, selection.slots, axis=1))
-    loss, aux, objective_state = objective(features, batch, objective_state)
+    loss, aux, objective_state = objective(
+        types.Features(taken), batch, objective_state)
     loss = jnp.where(present, loss, 0.0)
     total = jnp.sum(loss) / denominator(sets).astype(loss.dtype)
     aux = {name: jnp.where(present, x, 0.0) for name, x in aux.items()}
     return total, (loss, aux, objective_state)
 
-  def zeros(params, logps, sets, selection, objective_state):
-    shapes = jax.eval_shape(loss_terms, logps, sets, selection, objective_state,
+  def zeros(params, logps, sets, drawn, objective_state):
+    shapes = jax.eval_shape(loss_terms, logps, sets, drawn, objective_state,
                             sets.candidate_mask[:, 0])[1][:2]
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return Accumulator(jax.tree.map(jnp.zeros_like, params), *empty)
 
-  def from_loss(params, total, streams, sets, selection, objective_state,
+  def from_loss(params, total, streams, sets, drawn, objective_state,
                 present):
     def f(params):
       logps = sequence_logps(params, streams, *sets.role.shape)
-      return loss_terms(logps, sets, selection, objective_state, present)
+      return loss_terms(logps, sets, drawn, objective_state, present)
 
     (_, (loss, aux, new_state)), grads = jax.value_and_grad(
         f, has_aux=True)(params)
     return jax.tree.map(
         jnp.add, total, Accumulator(grads, loss, aux)), new_state
 
-  def cotangents(params, logps, sets, selection, objective_state):
+  def cotangents(params, logps, sets, drawn, objective_state):
     terms = jax.value_and_grad(loss_terms, has_aux=True)
     (_, (loss, aux, objective_state)), cotangent = terms(
-        logps, sets, selection, objective_state, sets.candidate_mask[:, 0])
+        logps, sets, drawn, objective_state, sets.candidate_mask[:, 0])
     grads = jax.tree.map(jnp.zeros_like, params)
     return cotangent, Accumulator(grads, loss, aux), objective_state
 
@@ -216,7 +184,7 @@ def make_step_functions(
     grads = jax.tree.map(jnp.add, total.grads, jax.grad(f)(params))
     return total._replace(grads=grads)
 
-  def update(state, total, sets, selection, objective_state):
+  def update(state, total, sets, drawn, objective_state):
     updates, opt_state = tx.update(total.grads, state.opt_state, state.params)
     norm = optax.tree.norm(total.grads)
     loss = jnp.sum(total.loss) / denominator(sets)
@@ -230,8 +198,8 @@ def make_step_functions(
 
     # Statistics of comparisons leave out sets whose chains drew no negative.
     shown = sets.candidate_mask[:, 0]
-    if selection.mask.shape[1] > 1:
-      shown &= jnp.any(selection.mask[:, 1:], axis=1)
+    if strategy != "none":
+      shown &= jnp.any(drawn.selected_mask, axis=1)
     metrics = {name: _mean(x, shown) for name, x in total.aux.items()}
     metrics |= {
         "loss": loss,
@@ -242,9 +210,9 @@ def make_step_functions(
     }
     return new, metrics
 
-  def evaluate(logps, sets, selection, objective_state):
+  def evaluate(logps, sets, drawn, objective_state):
     _, (loss, aux, _) = loss_terms(
-        logps, sets, selection, objective_state, sets.candidate_mask[:, 0])
+        logps, sets, drawn, objective_state, sets.candidate_mask[:, 0])
     return loss, aux
 
   state_shardings = whole(state_shapes)

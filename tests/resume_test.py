@@ -1,0 +1,111 @@
+"""Killed runs: the same line again ends with the weights of an unbroken run."""
+
+import shutil
+
+import pytest
+import run_cases
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+  """A whole run, the flags of its data, and its metrics."""
+  folder = tmp_path_factory.mktemp("a run with blanks")
+  flags = run_cases.write_data(folder / "data")
+  done = run_cases.run("train", folder / "run", folder / "cache", *flags)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return folder, flags
+
+
+def rows(folder, stage):
+  return {r["step"]: r["loss"] for r in run_cases.metrics(folder)
+          if r["stage"] == stage and "loss" in r}
+
+
+# sft has 5 accumulations (one a step), then the preference stage goes on.
+@pytest.mark.parametrize("fault", [
+    "step.after@3",        # in sft, right after the first save began
+    "step.accumulate@9",   # in the preference stage, inside an accumulation
+    "step.before@11",      # between two saves
+])
+def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
+  folder, flags = unbroken
+  cache = tmp_path / "cache"  # no finished start may be found there
+  killed = run_cases.run(
+      "train", tmp_path / "run", cache, *flags, MCPO_FAULT=fault)
+  assert killed.returncode == -9
+  before = rows(tmp_path / "run", "preference")
+  again = run_cases.run("train", tmp_path / "run", cache, *flags)
+  assert again.returncode == 0, again.stderr[-3000:]
+  assert (run_cases.summary(tmp_path / "run")["params/sha256"]
+          == run_cases.summary(folder / "run")["params/sha256"])
+  for stage in ("sft", "preference"):
+    whole = rows(folder / "run", stage)
+    assert rows(tmp_path / "run", stage) == whole
+    assert list(whole) == sorted(whole)
+  if fault == "step.before@11":  # step 5 ran before, and again
+    assert 5 in before and "resumes at step 4" in again.stderr
+
+
+def test_a_finished_run_does_nothing_again(unbroken):
+  folder, flags = unbroken
+  before = run_cases.summary(folder / "run")
+  again = run_cases.run("train", folder / "run", folder / "cache", *flags)
+  assert again.returncode == 0
+  assert run_cases.summary(folder / "run") == before
+  assert "resumes" not in again.stderr
+
+
+def test_another_run_takes_the_start_and_the_reference_from_the_cache(
+    unbroken, tmp_path):
+  folder, flags = unbroken
+  other = run_cases.run("train", tmp_path / "run", folder / "cache", *flags,
+                        "--config.objective.name=rnce",
+                        "--config.kernel.temperature=None")
+  assert other.returncode == 0, other.stderr[-3000:]
+  assert "the same start was trained before" in other.stderr
+  assert "reference:" not in other.stderr  # the progress bar of filling
+  assert not rows(tmp_path / "run", "sft")
+
+
+def test_another_config_in_the_same_workdir_is_refused(unbroken):
+  folder, flags = unbroken
+  done = run_cases.run("train", folder / "run", folder / "cache", *flags,
+                       "--config.objective.beta=0.7")
+  assert done.returncode == 2
+  assert "error[config.other_run]" in done.stderr
+  assert "objective.beta: 0.1 -> 0.7" in done.stderr
+  assert "Traceback" not in done.stderr
+
+
+def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
+  _, flags = unbroken
+  data = tmp_path / "data"
+  flags = run_cases.write_data(data)
+  killed = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags,
+                         MCPO_FAULT="step.before@11")
+  assert killed.returncode == -9
+  text = (data / "kwise.jsonl").read_text()
+  (data / "kwise.jsonl").write_text(text.replace("the cup", "a cup"))
+  again = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags)
+  assert again.returncode == 3
+  assert "error[data.changed_since_checkpoint]" in again.stderr
+
+
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(unbroken, tmp_path):
+  folder, flags = unbroken
+  killed = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags,
+                         MCPO_FAULT="step.before@11")
+  assert killed.returncode == -9
+  step = tmp_path / "run" / "preference" / "checkpoints" / "4"
+  largest = max((p for p in step.rglob("*") if p.is_file()),
+                key=lambda p: p.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 4
+  largest.write_bytes(content)
+  again = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags)
+  assert again.returncode == 0, again.stderr[-3000:]
+  assert "checkpoint 4 skipped" in again.stderr
+  assert "resumes at step 2" in again.stderr
+  assert (run_cases.summary(tmp_path / "run")["params/sha256"]
+          == run_cases.summary(folder / "run")["params/sha256"])
+  shutil.rmtree(tmp_path)
