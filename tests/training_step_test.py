@@ -135,7 +135,8 @@ def test_learning_one_batch_raises_the_margin():
 
 def test_padded_candidates_of_another_row_have_no_gradient():
   """Only what was drawn is packed: the pool's other tokens get none."""
-  stage = cases.stage("dpo", strategy="fixed_worst")
+  stage = cases.stage(
+      "dpo", strategy="fixed_worst", score=None, temperature=None)
   model = cases.make_model()
   rng = np.random.default_rng(0)
   one = cases.candidate_set(rng, 1, 5)
