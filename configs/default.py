@@ -68,7 +68,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Proposal: the law the candidates were drawn from -----------------------
   proposal = config.proposal = ml_collections.ConfigDict()
-  # Add log mu - log q to every candidate; needs the log-probs of both laws.
+  # Add log mu - log q to every candidate: mu is the reference, q the law of the
+  # records' column `behaviour_logps` (nats, one per completion, no -inf).
   proposal.correction = False
 
   # --- Model ------------------------------------------------------------------
@@ -185,7 +186,8 @@ def get_config() -> ml_collections.ConfigDict:
   kernel.num_negatives = 1
   # Transitions per update, each over candidates of its own.
   kernel.num_steps = 1
-  # How often the negatives are drawn anew: "step".
+  # How often the negatives are drawn anew: "step", "epoch", or every so many
+  # steps ("20"): drawn then by the weights of the first of them, and stored.
   kernel.refresh = "step"
 
   # --- Reference: the fixed policy that the reward is measured from -----------

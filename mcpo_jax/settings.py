@@ -376,6 +376,27 @@ def _resolve_objective(config) -> list[errors.McpoError]:
         got=kernel["num_negatives"], want="1"))
 
   reads_scores = STRATEGIES[strategy]
+  refresh = str(kernel["refresh"])
+  if refresh not in ("step", "epoch") and not re.fullmatch(
+      "[1-9][0-9]*", refresh):
+    found.append(errors.ConfigError(
+        "config.range", "not a rhythm", where="kernel.refresh", got=refresh,
+        want="step | epoch | a whole number of steps >= 1",
+        hint=nearest(refresh, ("step", "epoch"))))
+  elif refresh != "step" and not reads_scores:
+    found.append(errors.ConfigError(
+        "config.unused", f"strategy {strategy} draws without the policy's "
+        "scores", where="kernel.refresh", got=refresh, want="step"))
+  if config["proposal"]["correction"]:
+    if name not in ("mcpo", "rnce"):
+      found.append(errors.ConfigError(
+          "config.unused", f"{name} does not read it",
+          where="proposal.correction", got=True, want="mcpo or rnce"))
+    elif strategy not in ("mc", "random", "all"):
+      found.append(errors.ConfigError(
+          "config.unused", f"strategy {strategy} does not weigh candidates",
+          where="proposal.correction", got=True,
+          want="kernel.strategy mc, random or all"))
   needs_reference = bool(entry.anchors) or (
       reads_scores and str(kernel["score"]).startswith("reward"))
   reference = config["reference"]

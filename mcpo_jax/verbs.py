@@ -26,6 +26,7 @@ from mcpo_jax.training import loop, metrics, reference, setup
 
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
+  setup.check_sources(config)
   run = setup.open_run(config, workdir)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
@@ -70,8 +71,8 @@ def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
   """Prints the data report; with a workdir also writes it there."""
   data = config["data"]
   report, text = audit_lib.audit(
-      [(data["path"], data["format"], 1.0, data["revision"])],
-      [(data["eval_path"], data["eval_format"], 1.0, data["revision"])]
+      setup.sources_of(config, data["path"], data["format"]),
+      setup.sources_of(config, data["eval_path"], data["eval_format"])
       if data["eval_path"] else [])
   print(text)
   if workdir:
@@ -204,11 +205,19 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   stores = open_preference_stores(run)
   data, rows = stores["train"]
   stage = setup.stage_of(config, len(rows), supervised=False)
+  stage = stage._replace(
+      refresh=loop.refresh_steps(
+          config["kernel"]["refresh"], len(rows), stage.batch_size),
+      corrected=config["proposal"]["correction"])
+  if stage.corrected:
+    for store, used in stores.values():
+      for row in used:
+        batch_lib.behaviour_logps(store, int(row))
   batches.plan(len(rows), batch_size=stage.batch_size)
   num_slots = max(d.max_candidates for d, _ in stores.values())
   options = {"seed": stage.seed, "num_slots": num_slots,
              "preferred": config["data"]["preferred"],
-             "top_k": config["data"]["top_k"]}
+             "top_k": config["data"]["top_k"], "behaviour": stage.corrected}
   make_batch = batch_lib.make_batch_fn(
       data, rows, batch_size=stage.batch_size, **options)
   anchors = make_anchors(run, model, start, stores, make_batch)
@@ -221,7 +230,9 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       stage, model, make_batch, start, folder, writer, setup.schedule_of(config),
       meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "objective": stage.objective},
-      reference_logps=anchors.get("train"), evaluate=evaluate)
+      reference_logps=anchors.get("train"), evaluate=evaluate,
+      expect_start=config["reference"]["source"] is not None
+      and config["reference"]["path"] is None)
   hf.save_params(folder / "model", params, model.config,
                  tokenizer_dir=run.workdir / "tokenizer")
   result = {"params/sha256": hf.params_sha256(params), "step": step}
@@ -369,13 +380,13 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     summary |= {law + name: value for name, value in compared.items()}
   done.parent.mkdir(exist_ok=True)
   commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
+  commit.write_file(done, json.dumps(summary, indent=1))
+  writer.write("evaluate", 0, {
+      k: v for k, v in summary.items() if isinstance(v, int | float)})
   for row in shown["sampled/"]:
     print("", row["prompt"] if isinstance(row["prompt"], str)
           else row["prompt"][-1]["content"],
           *(f"  {name + ':':9} {row[name]}" for name in names), sep="\n")
-  commit.write_file(done, json.dumps(summary, indent=1))
-  writer.write("evaluate", 0, {
-      k: v for k, v in summary.items() if isinstance(v, int | float)})
   return summary
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
-from mcpo_jax import types
+from mcpo_jax import errors, types
 from mcpo_jax.data import batches, packing
 from mcpo_jax.kernels import address
 
@@ -39,6 +39,7 @@ def make_batch_fn(
     num_slots: int,
     preferred: str,
     top_k: int | None,
+    behaviour: bool = False,
 ) -> Callable[[int], HostBatch]:
   """Returns step -> HostBatch over `rows` of the store, in an order of its own
   for every visit."""
@@ -47,7 +48,7 @@ def make_batch_fn(
     picked, visits = batches.example_indices(
         step, batch_size=batch_size, num_examples=len(rows), seed=seed)
     return collect(data, rows[picked], visits, seed=seed, num_slots=num_slots,
-                   preferred=preferred, top_k=top_k)
+                   preferred=preferred, top_k=top_k, behaviour=behaviour)
 
   return make_batch
 
@@ -61,9 +62,14 @@ def collect(
     num_slots: int,
     preferred: str,
     top_k: int | None,
+    behaviour: bool = False,
     batch_size: int | None = None,
 ) -> HostBatch:
-  """The HostBatch of given rows; padded with empty rows up to `batch_size`."""
+  """The HostBatch of given rows; padded with empty rows up to `batch_size`.
+
+  With `behaviour` the anchor "proposal_q" holds the records' column
+  `behaviour_logps`.
+  """
   sets = [data.candidate_set(int(row)) for row in rows]
   noise = [None] * len(sets)
   if preferred == "top_k":
@@ -75,9 +81,54 @@ def collect(
       s, preferred=preferred, top_k=top_k or 1, noise=n)[0]
            for s, n in zip(sets, noise)]
   meta = packing.make_set_batch(sets, visits, num_slots=num_slots, order=order)
+  if behaviour:
+    q = np.zeros(meta.role.shape, np.float32)
+    for b, (row, slots) in enumerate(zip(rows, order)):
+      q[b, :len(slots)] = behaviour_logps(data, int(row))[slots]
+    meta = meta._replace(anchors={"proposal_q": q})
   missing = (batch_size or len(sets)) - len(sets)
   if missing:
     meta = jax.tree.map(
         lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), meta)
     meta = meta._replace(multiplicity=np.maximum(meta.multiplicity, 1))
   return HostBatch(np.asarray(rows), sets, order, meta)
+
+
+def behaviour_logps(data: "store.Store", row: int) -> np.ndarray:
+  """[K] float32 nats, log-probs of a row's candidates under the law that they
+  were drawn from: the record's column of that name, in its order.
+
+  Raises:
+    DataError: data.field_missing, data.field_type, data.length_mismatch,
+      data.non_finite (truncated sampling gives -inf to what it cuts off), or
+      data.completion_too_long: log q is that of the whole completion.
+  """
+  one, values = data.candidate_set(row), data.columns(row)
+  where = f"prompt_id {one.prompt_id}, behaviour_logps"
+  values = values.get("behaviour_logps")
+  if values is None:
+    raise errors.DataError(
+        "data.field_missing", "proposal.correction needs the log-prob of every "
+        "candidate under the law it was drawn from", where=where,
+        want="a list of log-probs in nats, one per completion")
+  if not isinstance(values, list) or not all(
+      v is None or type(v) in (int, float) for v in values):
+    raise errors.DataError("data.field_type", "a field has the wrong type",
+                           where=where, want="a list of numbers")
+  if len(values) <= one.candidate_ids.max():
+    raise errors.DataError(
+        "data.length_mismatch", "one number per completion", where=where,
+        got=len(values), want=f"at least {one.candidate_ids.max() + 1}")
+  logps = np.array(values, np.float32)[one.candidate_ids]
+  if not np.isfinite(logps).all():
+    raise errors.DataError(
+        "data.non_finite", "a log-prob is not finite", where=where,
+        got=str(logps[~np.isfinite(logps)][0]),
+        hint="candidates of truncated sampling (top-p, top-k) cannot be "
+        "corrected")
+  if data.truncated(row).any():
+    raise errors.DataError(
+        "data.completion_too_long", "a completion was cut, its log-prob under "
+        "the law it was drawn from was not", where=where,
+        hint="raise data.max_completion_length")
+  return logps

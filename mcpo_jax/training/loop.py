@@ -87,6 +87,8 @@ class Stage(NamedTuple):
   num_steps: int
   batch_size: int
   seed: int
+  refresh: int = 1  # steps that a draw of negatives lasts
+  corrected: bool = False  # log mu - log q on every candidate
 
   @property
   def entry(self) -> settings.Objective:
@@ -109,6 +111,13 @@ class Schedule(NamedTuple):
   keep_best: bool
 
 
+def refresh_steps(text: str, num_examples: int, batch_size: int) -> int:
+  """Steps that a draw lasts, of "step", "epoch" or a whole number."""
+  if text == "epoch":
+    return -(-num_examples // batch_size)
+  return 1 if text == "step" else int(text)
+
+
 def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
   """The jitted functions of a stage."""
   entry, options = stage.entry, dict(stage.optimizer)
@@ -121,6 +130,8 @@ def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
   bound = dict(stage.objective_settings)
   if stage.objective == "cd":
     bound["include_preferred"] = stage.kernel["include_preferred"]
+  if stage.corrected:  # a draw by weight has used the correction, as log m
+    bound["corrected"] = stage.kernel["strategy"] == "all"
   objective = functools.partial(
       getattr(importlib.import_module(module), function), **bound)
   return step_lib.make_step_functions(
@@ -129,9 +140,10 @@ def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
       temperature=stage.kernel["temperature"],
       num_negatives=stage.kernel["num_negatives"],
       include_preferred=stage.kernel["include_preferred"],
-      replace=entry.replace,
+      replace=entry.replace, corrected=stage.corrected,
       preferred_weight="include_preferred" in bound
       and not bound["include_preferred"],
+      refresh=stage.refresh, batch_size=stage.batch_size,
       beta=stage.objective_settings.get("beta", 1.0),
       reduce=entry.reduce, param_shapes=model.param_shapes,
       replicated=sharding.replicated(model.mesh))
@@ -145,14 +157,20 @@ def run_step(
     batch: batch_lib.HostBatch,
     reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
 ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
-  """One update on one batch: score, draw, pack, gradient, apply."""
-  if reference_logps is not None:
-    batch = with_anchor(batch, reference_logps)
+  """One update on one batch: score, draw, pack, gradient, apply.
+
+  Where a draw lasts several steps it was made by `draw_window`.
+  """
+  batch = with_anchors(batch, reference_logps)
   sets = model.put_replicated(batch.meta)
   logps = model.no_logps(batch)
-  if stage.scores_pool:
+  scored = stage.scores_pool and stage.refresh == 1
+  if scored:
     logps = score_pool(model, functions, state.params, batch, sets)
-  drawn, sets, info = functions.draw(stage.seed, logps, sets)
+  if stage.refresh == 1:
+    drawn, sets, info = functions.draw(stage.seed, logps, sets)
+  else:
+    drawn, sets, info = functions.recall(state.draws, state.step, sets)
   slots = drawn_slots(drawn, batch, contrast=stage.entry.contrast)
   chunks = model.pack(batch.sets, slots, batch.order)
 
@@ -161,7 +179,7 @@ def run_step(
              for c in chunks]
   uncut = np.sum(present, axis=0).max(initial=0) <= 1
   objective_state = state.objective_state
-  if not stage.scores_pool and uncut and (
+  if not scored and uncut and (
       stage.entry.separable or len(chunks) == 1):
     total = functions.zeros(
         state.params, logps, sets, drawn, objective_state)
@@ -171,7 +189,7 @@ def run_step(
           objective_state, here)
       faults.point("step.accumulate")
   else:
-    if not stage.scores_pool:
+    if not scored:
       for chunk in chunks:
         logps += functions.score(state.params, model.put(chunk), sets)
     cotangent, total, objective_state = functions.cotangents(
@@ -183,6 +201,28 @@ def run_step(
   state, metrics = functions.update(
       state, total, sets, drawn, objective_state)
   return state, metrics | info
+
+
+def draw_window(
+    stage: Stage,
+    model: Model,
+    functions: step_lib.StepFunctions,
+    state: step_lib.TrainState,
+    make_batch: Callable[[int], batch_lib.HostBatch],
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
+) -> step_lib.TrainState:
+  """Draws the negatives of the next `stage.refresh` steps, all by the weights
+  of now, and puts them into the state."""
+  step, draws = int(state.step), state.draws
+  rows = range(min(stage.refresh, stage.num_steps - step))
+  for row in tqdm(rows, desc="draws", unit="step", leave=False,
+                  disable=not sys.stderr.isatty()):
+    batch = with_anchors(make_batch(step + row), reference_logps)
+    sets = model.put_replicated(batch.meta)
+    logps = score_pool(model, functions, state.params, batch, sets)
+    draws = functions.keep(
+        draws, row, *functions.draw(stage.seed, logps, sets))
+  return state._replace(draws=draws)
 
 
 def score_pool(
@@ -236,8 +276,7 @@ def score_held_out(
   """Scores the pools of held-out batches with the current weights."""
   losses, rows = [], []
   for batch in held:
-    if reference_logps is not None:
-      batch = with_anchor(batch, reference_logps)
+    batch = with_anchors(batch, reference_logps)
     sets = model.put_replicated(batch.meta)
     logps = score_pool(model, functions, state.params, batch, sets)
     drawn, sets, _ = functions.draw(stage.seed, logps, sets)
@@ -251,13 +290,19 @@ def score_held_out(
                  *map(np.concatenate, zip(*rows)))
 
 
-def with_anchor(
+def with_anchors(
     batch: batch_lib.HostBatch,
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray],
+    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
 ) -> batch_lib.HostBatch:
-  """The batch with anchors["ref"] filled."""
-  return batch._replace(meta=batch.meta._replace(
-      anchors={"ref": reference_logps(batch)}))
+  """The batch with anchors["ref"] filled, if there is a reference; it is also
+  the mu of candidates whose q is known."""
+  if reference_logps is None:
+    return batch
+  anchors, ref = batch.meta.anchors, reference_logps(batch)
+  anchors = anchors | {"ref": ref}
+  if "proposal_q" in anchors:
+    anchors["proposal_mu"] = ref
+  return batch._replace(meta=batch.meta._replace(anchors=anchors))
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -281,6 +326,46 @@ def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
       hint="lower the learning rate, or look at these examples")
 
 
+def check_softmax_start(
+    loss: float, stage: Stage, batch: batch_lib.HostBatch, compute_dtype: Any
+) -> None:
+  """Start gate of the softmax losses: of equal policy and reference every
+  reward is 0, so the loss is the mean over sets of log(1 + negatives).
+
+  Losses of another form, corrected ones, and chains that may stay at the
+  preferred completion are not looked at.
+
+  Args:
+    loss: of the first step.
+    stage: settings.
+    batch: of the first step.
+    compute_dtype: of the model; decides the tolerance.
+
+  Raises:
+    CheckpointError: ckpt.reference_gate.
+  """
+  if (stage.objective not in ("mcpo", "rnce") or stage.corrected
+      or stage.kernel["include_preferred"]):
+    return
+  meta = batch.meta
+  negative = (meta.role == -1) & meta.candidate_mask & meta.candidate_mask[
+      :, :1]
+  count = np.minimum(negative.sum(axis=1), stage.kernel["num_negatives"])
+  if stage.kernel["strategy"] == "all":
+    count = np.sum(np.where(negative, meta.multiplicity, 0), axis=1)
+  want = float(np.mean(np.log1p(count)[meta.candidate_mask[:, 0]]))
+  tolerance = 1e-4 if jnp.finfo(compute_dtype).bits >= 32 else 5e-2
+  # A reward may be off by what the gate per token allows.
+  tolerance *= max(
+      1.0, stage.objective_settings["beta"] * meta.lengths.max() / 10)
+  if not abs(loss - want) <= tolerance:
+    raise errors.CheckpointError(
+        "ckpt.reference_gate", "policy and reference are the same weights, but "
+        "the first loss is not that of equal policies", where="step 0",
+        got=loss, want=f"log(1 + negatives) = {want:.6g} +- {tolerance:.1g}",
+        hint="the reference log-probs belong to other candidates or weights")
+
+
 def train(
     stage: Stage,
     model: Model,
@@ -295,6 +380,7 @@ def train(
     evaluate: Callable[
         [step_lib.StepFunctions, step_lib.TrainState], dict[str, float]
     ] | None = None,
+    expect_start: bool = False,
 ) -> tuple[types.Params, int]:
   """Trains one stage to its last step, from wherever it stopped.
 
@@ -309,6 +395,8 @@ def train(
     reference_logps: HostBatch -> [B, K] anchors, if the objective or the
       kernel reads them.
     evaluate: metrics on held-out data; "eval/loss" decides what is best.
+    expect_start: the first weights are the reference's, so that
+      `check_softmax_start` must pass.
 
   Returns:
     the weights (the best if `when.keep_best`) and the updates done.
@@ -342,10 +430,16 @@ def train(
   while not stop:
     batch = make_batch(step)
     faults.point("step.before")
+    if stage.refresh > 1 and step % stage.refresh == 0:
+      state = draw_window(stage, model, functions, state, make_batch,
+                          reference_logps)
     state, metrics = run_step(stage, model, functions, state, batch,
                               reference_logps)
     metrics = jax.device_get(metrics)
     check_finite(metrics, batch, step)
+    if step == 0 and expect_start:
+      check_softmax_start(
+          float(metrics["loss"]), stage, batch, model.compute_dtype)
     step += 1
     tokens += int(batch.meta.lengths.sum())
     faults.point("step.after")

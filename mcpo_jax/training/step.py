@@ -5,6 +5,7 @@ shape, so that each function here is traced once whatever the batch looks like:
 
   score   sum over chunks of sequence log-probs -> [B, K]     no gradient
   draw    the MC kernel on [B, K]               -> [B, J] slots
+          or, where a draw lasts several steps: keep it once, recall it
   grads   per chunk, accumulated; either
             from_loss        the chunk holds its sets whole: loss and gradient
             from_cotangents  d loss / d logps of the whole batch is known
@@ -26,6 +27,17 @@ from mcpo_jax import sharding, types
 from mcpo_jax.kernels import mc, weights
 
 
+class Draws(NamedTuple):
+  """What was drawn for n steps by the weights of the first of them.
+
+  Row i belongs to the steps s with s % n == i.
+  """
+
+  drawn: types.KernelState  # [n, B, M]
+  anchors: dict[str, jax.Array]  # name -> [n, B] float32, what `draw` adds
+  seen: dict[str, jax.Array]  # name -> [n] float32, for logs
+
+
 class TrainState(NamedTuple):
   """All that defines the next step, beside the data and the config."""
 
@@ -33,6 +45,7 @@ class TrainState(NamedTuple):
   params: types.Params
   opt_state: Any
   objective_state: Any
+  draws: Draws | tuple[()]  # () where every step draws anew
 
 
 class Accumulator(NamedTuple):
@@ -51,6 +64,9 @@ class StepFunctions(NamedTuple):
   score: Callable[..., jax.Array]
   draw: Callable[
       ..., tuple[types.KernelState, types.SetBatch, dict[str, jax.Array]]]
+  keep: Callable[..., Draws]
+  recall: Callable[
+      ..., tuple[types.KernelState, types.SetBatch, dict[str, jax.Array]]]
   zeros: Callable[..., Accumulator]
   from_loss: Callable[..., tuple[Accumulator, Any]]
   cotangents: Callable[..., tuple[jax.Array, Accumulator, Any]]
@@ -62,6 +78,15 @@ class StepFunctions(NamedTuple):
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
   """Mean of x [B] where `where` [B]; 0 if nowhere."""
   return jnp.sum(jnp.where(where, x, 0)) / jnp.maximum(jnp.sum(where), 1)
+
+
+def _with_anchors(
+    sets: types.SetBatch, values: dict[str, jax.Array]
+) -> types.SetBatch:
+  """The sets [B, K] with further anchors, [B] the same in every slot."""
+  return sets._replace(anchors=sets.anchors | {
+      name: jnp.broadcast_to(x[:, None], sets.role.shape)
+      for name, x in values.items()})
 
 
 def make_step_functions(
@@ -76,7 +101,10 @@ def make_step_functions(
     num_negatives: int,
     include_preferred: bool,
     replace: bool,
+    corrected: bool,
     preferred_weight: bool,
+    refresh: int,
+    batch_size: int,
     beta: float,
     reduce: str,
     param_shapes: types.Params,
@@ -93,13 +121,30 @@ def make_step_functions(
     strategy: of the kernel, or "none": slot 0 alone enters the loss.
     score, temperature: of the kernel; read by some strategies only.
     num_negatives, include_preferred, replace: of the kernel.
+    corrected: the kernel weighs by `weights.proposal_correction` too.
     preferred_weight: the objective reads the anchor of that name.
+    refresh: n, steps that a draw lasts; 1: nothing is stored.
+    batch_size: B.
     beta: of the implicit reward, for kernel scores.
     reduce: "sets" or "tokens", what the global denominator counts.
     param_shapes: tree of ShapeDtypeStruct with shardings.
     replicated: sharding of everything that has no token axis.
   """
   whole = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+  seen_names = [f"kernel/{name}" for name in types.KernelInfo._fields
+                if name != "log_weights"]
+
+  def stored(dtype, *shape):
+    return jax.ShapeDtypeStruct((refresh, *shape), dtype, sharding=replicated)
+
+  draws = ()
+  if refresh > 1:
+    draws = Draws(
+        types.KernelState(stored(jnp.int32, batch_size, num_negatives),
+                          stored(jnp.bool_, batch_size, num_negatives)),
+        {"preferred_weight": stored(jnp.float32, batch_size)}
+        if preferred_weight else {},
+        {name: stored(jnp.float32) for name in seen_names})
   state_shapes = TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
       params=param_shapes,
@@ -107,7 +152,8 @@ def make_step_functions(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
           jax.eval_shape(tx.init, param_shapes),
           sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes))),
-      objective_state=())
+      objective_state=(),
+      draws=draws)
   accumulator_shardings = Accumulator(
       whole(param_shapes), replicated, replicated)
 
@@ -126,14 +172,23 @@ def make_step_functions(
         jax.random.key(seed), None, scores, sets, strategy=strategy,
         temperature=1.0 if temperature is None else temperature,
         num_negatives=num_negatives, include_preferred=include_preferred,
-        replace=replace)
+        replace=replace, corrected=corrected)
     if preferred_weight:
       p_0 = weights.preferred_weight(scores, sets, temperature=temperature)
-      sets = sets._replace(anchors=sets.anchors | {
-          "preferred_weight": jnp.broadcast_to(p_0[:, None], scores.shape)})
-    seen = {f"kernel/{name}": _mean(getattr(info, name), sets.candidate_mask[:, 0])
-            for name in info._fields if name != "log_weights"}
+      sets = _with_anchors(sets, {"preferred_weight": p_0})
+    seen = {name: _mean(getattr(info, name.removeprefix("kernel/")),
+                        sets.candidate_mask[:, 0]) for name in seen_names}
     return drawn, sets, seen
+
+  def keep(draws, row, drawn, sets, seen):
+    one = Draws(drawn, {name: sets.anchors[name][:, 0]
+                        for name in draws.anchors}, seen)
+    return jax.tree.map(
+        lambda rows, x: rows.at[row].set(x.astype(rows.dtype)), draws, one)
+
+  def recall(draws, step, sets):
+    drawn, anchors, seen = jax.tree.map(lambda x: x[step % refresh], draws)
+    return drawn, _with_anchors(sets, anchors), seen
 
   def denominator(sets):
     first = sets.candidate_mask[:, 0]
@@ -193,7 +248,8 @@ def make_step_functions(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        objective_state=objective_state)
+        objective_state=objective_state,
+        draws=state.draws)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
 
     # Statistics of comparisons leave out sets whose chains drew no negative.
@@ -221,9 +277,13 @@ def make_step_functions(
       state_shapes=state_shapes,
       init=lambda params: TrainState(
           jax.device_put(jnp.zeros((), jnp.int32), replicated), params,
-          jit(tx.init, out_shardings=state_shardings.opt_state)(params), ()),
+          jit(tx.init, out_shardings=state_shardings.opt_state)(params), (),
+          jax.tree.map(lambda s: jax.device_put(
+              jnp.zeros(s.shape, s.dtype), s.sharding), draws)),
       score=jit(score_chunk, out_shardings=replicated),
       draw=jit(draw, out_shardings=replicated),
+      keep=jit(keep, donate_argnums=0, out_shardings=replicated),
+      recall=jit(recall, out_shardings=replicated),
       zeros=jit(zeros, out_shardings=accumulator_shardings),
       from_loss=jit(from_loss, donate_argnums=1,
                     out_shardings=(accumulator_shardings, replicated)),
