@@ -26,7 +26,6 @@ from mcpo_jax.training import loop, metrics, reference, setup
 
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
-  setup.check_sources(config)
   run = setup.open_run(config, workdir)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
@@ -71,8 +70,8 @@ def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
   """Prints the data report; with a workdir also writes it there."""
   data = config["data"]
   report, text = audit_lib.audit(
-      setup.sources_of(config, data["path"], data["format"]),
-      setup.sources_of(config, data["eval_path"], data["eval_format"])
+      [(data["path"], data["format"], 1.0, data["revision"])],
+      [(data["eval_path"], data["eval_format"], 1.0, data["revision"])]
       if data["eval_path"] else [])
   print(text)
   if workdir:
@@ -380,13 +379,13 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     summary |= {law + name: value for name, value in compared.items()}
   done.parent.mkdir(exist_ok=True)
   commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
-  commit.write_file(done, json.dumps(summary, indent=1))
-  writer.write("evaluate", 0, {
-      k: v for k, v in summary.items() if isinstance(v, int | float)})
   for row in shown["sampled/"]:
     print("", row["prompt"] if isinstance(row["prompt"], str)
           else row["prompt"][-1]["content"],
           *(f"  {name + ':':9} {row[name]}" for name in names), sep="\n")
+  commit.write_file(done, json.dumps(summary, indent=1))
+  writer.write("evaluate", 0, {
+      k: v for k, v in summary.items() if isinstance(v, int | float)})
   return summary
 
 
