@@ -65,6 +65,10 @@ def get_config() -> ml_collections.ConfigDict:
   tokenizer.chat_template_kwargs = config_dict.placeholder(str)
   # What a template is told is today (YYYY-MM-DD), so that runs do not drift.
   tokenizer.date = "2026-01-01"
+  # BOS before a prompt, if the tokenizer puts one before plain text: "auto" (a
+  # template that leaves it out is an error), "add" (put there all the same) or
+  # "none" (whatever the template does).
+  tokenizer.bos = "auto"
 
   # --- Proposal: the law the candidates were drawn from -----------------------
   proposal = config.proposal = ml_collections.ConfigDict()
@@ -112,9 +116,12 @@ def get_config() -> ml_collections.ConfigDict:
   # --- Data of the preference stage -------------------------------------------
   data = config.data = ml_collections.ConfigDict()
   # Training records: a file (.jsonl, .jsonl.gz, .parquet), a pattern, a folder,
-  # the hub name of a `datasets` set, or "embedded:quickstart/train". Required.
+  # the hub name of a `datasets` set, or "embedded:quickstart/train"; or several
+  # with commas between, each taken *weight times: "a.jsonl*2.5,b.jsonl" takes
+  # rows of a two or three times, of b once. Required.
   data.path = config_dict.placeholder(str)
-  # Records of prompts that are never trained on. None: eval_fraction of path.
+  # Records of prompts that are never trained on, named as in path.
+  # None: eval_fraction of path.
   data.eval_path = config_dict.placeholder(str)
   # Without eval_path: share of the prompts of path, and of sft.data_path, that
   # is held out. A hash of prompt_id decides, so that both files hold out the
@@ -184,8 +191,6 @@ def get_config() -> ml_collections.ConfigDict:
   kernel.temperature = config_dict.placeholder(float)
   # Negatives per prompt and update.
   kernel.num_negatives = 1
-  # Transitions per update, each over candidates of its own.
-  kernel.num_steps = 1
   # How often the negatives are drawn anew: "step", "epoch", or every so many
   # steps ("20"): drawn then by the weights of the first of them, and stored.
   kernel.refresh = "step"
@@ -240,11 +245,6 @@ def get_config() -> ml_collections.ConfigDict:
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
-
-  # --- Online training --------------------------------------------------------
-  online = config.online = ml_collections.ConfigDict()
-  # Candidates sampled from the current policy instead of data.path.
-  online.enabled = False
 
   # --- Evaluation -------------------------------------------------------------
   evaluation = config.evaluation = ml_collections.ConfigDict()

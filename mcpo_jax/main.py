@@ -4,12 +4,11 @@ Nothing here imports JAX before the config has been checked, so a wrong flag or
 key answers within two seconds.
 """
 
-import ast
 import importlib.util
-import json
 import os
 import pathlib
 import sys
+import traceback
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -66,14 +65,17 @@ def parse(argv: list[str]) -> CommandLine:
     name, has_value, value = word.lstrip("-").partition("=")
     if name == "h":
       name = "help"
-    if name in ("debug", "help"):
-      flags[name] = value or "true"
+    if name in ("debug", "help") and not has_value:
+      flags[name] = "true"
       continue
     if name not in FLAGS and not name.startswith("config."):
       raise errors.ConfigError("cli.flag", "unknown flag", where=f"--{name}",
                                hint=settings.nearest(name, FLAGS))
+    if name in ("debug", "help"):
+      raise errors.ConfigError("cli.flag", "takes no value", where=f"--{name}",
+                               got=value)
     if not has_value:
-      if not rest:
+      if not rest or rest[0].startswith("--"):
         raise errors.ConfigError("cli.flag", "no value", where=f"--{name}",
                                  hint=f"--{name}=VALUE")
       value = rest.pop(0)
@@ -92,29 +94,46 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   """Runs a config file's get_config().
 
   Raises:
-    ConfigError: config.missing, config.untrusted_code, config.invalid.
+    ConfigError: config.missing, config.untrusted_code, config.invalid,
+      config.unknown_key and config.type for what get_config() sets.
   """
   file = pathlib.Path(path)
   if not file.is_file():
     near = [p.name for p in file.parent.glob("*.py")] if (
         file.parent.is_dir()) else []
-    raise errors.ConfigError("config.missing", "no such config file",
-                             where=path, hint=settings.nearest(file.name, near))
+    raise errors.ConfigError(
+        "config.missing", "no such config file", where=path,
+        hint=settings.nearest(file.name, near) or (
+            f"looked for it in {pathlib.Path.cwd()}"))
   for foreign in ("config.json", "manifest.json", "model.safetensors"):
     if (file.parent / foreign).exists():
       raise errors.ConfigError(
-          "config.untrusted_code", "a config is Python code and is not run from "
-          "a model or checkpoint folder", where=path)
-  sys.path.insert(0, str(file.resolve().parent.parent))
+          "config.untrusted_code", "a config is Python code and is not run "
+          "from a model or checkpoint folder", where=path)
+  if file.suffix != ".py":
+    raise errors.ConfigError(
+        "config.invalid", "a config is a Python file", where=path,
+        hint="without --config, the config that lies in --workdir is read")
   spec = importlib.util.spec_from_file_location("mcpo_config", file)
   module = importlib.util.module_from_spec(spec)
+  root = str(file.resolve().parent.parent)  # where `configs` is a package
+  sys.path.insert(0, root)
+  slugs = {AttributeError: "config.unknown_key", KeyError: "config.unknown_key",
+           TypeError: "config.type"}  # what a locked config raises
   try:
     spec.loader.exec_module(module)
-    config = module.get_config()
+    config = vars(module).get("get_config", lambda: None)()
+    if not isinstance(config, ml_collections.ConfigDict):
+      raise ValueError("needs a get_config() that returns a ConfigDict")
+    return config
   except Exception as e:
+    lines = [f":{frame.lineno}" for frame in traceback.extract_tb(
+        e.__traceback__) if frame.filename == spec.origin]
     raise errors.ConfigError(
-        "config.invalid", f"{type(e).__name__}: {e}", where=path) from e
-  return config
+        slugs.get(type(e), "config.invalid"), f"{type(e).__name__}: {e}",
+        where=path + "".join(lines[-1:])) from e
+  finally:
+    sys.path.remove(root)
 
 
 def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
@@ -138,7 +157,7 @@ def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
                              want=", ".join(f"{key}.{k}" for k in node[name]))
   try:
     node[name] = _convert(text, kind)
-  except (ValueError, SyntaxError, TypeError):
+  except (ValueError, TypeError):
     raise errors.ConfigError("config.type", "wrong type", where=key, got=text,
                              want=kind.__name__) from None
 
@@ -151,24 +170,34 @@ def _convert(text: str, kind: type) -> Any:
     if text.lower() not in words:
       raise ValueError(text)
     return words[text.lower()]
-  if kind in (tuple, list):
-    value = ast.literal_eval(text) if text[:1] in "([" else tuple(
-        filter(None, text.split(",")))
-    return kind(value)
+  if kind is tuple:
+    words = (word.strip(" '\"") for word in text.strip("()[]").split(","))
+    return tuple(filter(None, words))
   return kind(text)
 
 
-def read_config(
-    command: CommandLine,
-) -> dict[str, Any]:
+def read_config(command: CommandLine) -> dict[str, Any]:
   """The resolved config of a command: file, overrides, checks, defaults.
 
   A workdir that holds a run's config is read if no --config was given.
+
+  Raises:
+    ConfigError or an ErrorGroup of them; CheckpointError: ckpt.none.
   """
-  saved = pathlib.Path(command.flags.get("workdir", ""), "config.json")
+  workdir = command.flags.get("workdir")
+  saved = pathlib.Path(workdir or "", "config.json")
+  if command.verb in ("evaluate", "export") and workdir and (
+      not saved.is_file()):
+    raise errors.CheckpointError(
+        "ckpt.none", "no run lies in this workdir", where=workdir,
+        hint="run `train` first")
   if "config" not in command.flags:
-    if "workdir" in command.flags and saved.is_file():
-      return json.loads(saved.read_text())["config"]
+    if workdir and saved.is_file():
+      if command.overrides:
+        raise errors.ConfigError(
+            "config.unused", "the config of the workdir is read as it is",
+            where=command.overrides[0][0], hint="give --config=FILE too")
+      return settings.read_saved(saved)
     raise errors.ConfigError("config.missing", "no config given",
                              where="--config", hint="--config=configs/FILE.py")
   config = load_config(command.flags["config"])
@@ -189,14 +218,17 @@ def run(argv: list[str]) -> None:
   if "help" in command.flags:
     print(usage())
     return
-  config = read_config(command)
   workdir = command.flags.get("workdir")
   if command.verb != "audit" and not workdir:
     raise errors.ConfigError("cli.flag", "this verb needs a workdir",
                              where="--workdir", hint="--workdir=runs/NAME")
-  if command.verb == "export" and "out" not in command.flags:
-    raise errors.ConfigError("cli.flag", "where to export to?", where="--out",
-                             hint="--out=DIR")
+  if (command.verb == "export") != ("out" in command.flags):
+    raise errors.ConfigError("cli.flag", "goes with the verb export",
+                             where="--out", hint="export --out=DIR")
+  config = read_config(command)
+  if command.verb in ("audit", "score") and not config["data"]["path"]:
+    raise errors.ConfigError("config.missing", "this verb needs data",
+                             where="data.path", hint="--config.data.path=FILE")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from mcpo_jax import verbs
 
@@ -214,19 +246,23 @@ def _worth_showing(record) -> bool:
 
 
 def main() -> None:
-  """Exit codes: 0, 2..8 by kind of error (`errors`), 1 for a bug."""
+  """Exit codes: 0, 2..8 by kind of error (`errors`), 1 for a bug, and as
+  shells have it 130 after Ctrl-C and 141 when nobody reads the output."""
   argv = sys.argv[1:]
-  debug = any(word in ("--debug", "-debug") for word in argv)
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_worth_showing)
   try:
     run(argv)
+    if sys.stdout:
+      sys.stdout.flush()
   except errors.McpoError as e:
-    if debug:
-      raise
-    print(e, file=sys.stderr)
+    if "--debug" in argv:
+      traceback.print_exc()
+    print(settings.redact(str(e)), file=sys.stderr)
     sys.exit(e.exit_code)
+  except KeyboardInterrupt:
+    sys.exit(130)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(1)
+    sys.exit(141)

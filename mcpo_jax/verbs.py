@@ -26,6 +26,7 @@ from mcpo_jax.training import loop, metrics, reference, setup
 
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
+  setup.check_sources(config)
   run = setup.open_run(config, workdir)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
@@ -70,8 +71,8 @@ def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
   """Prints the data report; with a workdir also writes it there."""
   data = config["data"]
   report, text = audit_lib.audit(
-      [(data["path"], data["format"], 1.0, data["revision"])],
-      [(data["eval_path"], data["eval_format"], 1.0, data["revision"])]
+      setup.sources_of(config, data["path"], data["format"]),
+      setup.sources_of(config, data["eval_path"], data["eval_format"])
       if data["eval_path"] else [])
   print(text)
   if workdir:
@@ -137,7 +138,7 @@ def find_start(run: setup.Run) -> pathlib.Path | None:
   return target
 
 
-# --- Stage: preference ----------------------------------------------------------
+# --- Stage: preference -------------------------------------------------------
 
 
 def open_preference_stores(
@@ -226,8 +227,8 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     evaluate = make_evaluate(
         run, stage, model, start, *stores["eval"], options, anchors.get("eval"))
   params, step = loop.train(
-      stage, model, make_batch, start, folder, writer, setup.schedule_of(config),
-      meta={"stage": "preference", "data": data.key,
+      stage, model, make_batch, start, folder, writer,
+      setup.schedule_of(config), meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "objective": stage.objective},
       reference_logps=anchors.get("train"), evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
@@ -379,13 +380,13 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     summary |= {law + name: value for name, value in compared.items()}
   done.parent.mkdir(exist_ok=True)
   commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
+  commit.write_file(done, json.dumps(summary, indent=1))
+  writer.write("evaluate", 0, {
+      k: v for k, v in summary.items() if isinstance(v, int | float)})
   for row in shown["sampled/"]:
     print("", row["prompt"] if isinstance(row["prompt"], str)
           else row["prompt"][-1]["content"],
           *(f"  {name + ':':9} {row[name]}" for name in names), sep="\n")
-  commit.write_file(done, json.dumps(summary, indent=1))
-  writer.write("evaluate", 0, {
-      k: v for k, v in summary.items() if isinstance(v, int | float)})
   return summary
 
 
@@ -400,7 +401,7 @@ def find_aligned(run: setup.Run, model: loop.Model):
                         dtype=run.config["model"]["param_dtype"])
 
 
-# --- Stage: export --------------------------------------------------------------
+# --- Stage: export -----------------------------------------------------------
 
 
 def run_export(

@@ -9,18 +9,26 @@ Nothing is lost: no row may change a file that was there, or leave one behind.
 To add rows, append to TABLE; `where` must occur in the error's `where`.
 """
 
+import contextlib
 import gzip
 import json
 import pathlib
+import shutil
+import unittest
+import unittest.mock
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import models_folders
 import pytest
 
-from mcpo_jax import errors
+from mcpo_jax import errors, main, sharding
 from mcpo_jax.data import batches, files, records, tokenizer
 from mcpo_jax.data import store as store_lib
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder
+from mcpo_jax.training import setup
 
 Use = Callable[[], Any]
 
@@ -176,6 +184,262 @@ def _masked(**changes):
   return _read(PAIR, row)
 
 
+# Configs and the command line.
+
+QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
+
+
+def _resolved(folder: pathlib.Path, *overrides: str) -> dict[str, Any]:
+  """The quickstart's config, with `name=value` overrides."""
+  return main.read_config(main.parse([
+      "train", f"--config={QUICKSTART}", f"--workdir={folder / 'run'}",
+      f"--config.cache_dir={folder.parent / 'cache'}",
+      *(f"--config.{o}" for o in overrides)]))
+
+
+def _set(*overrides: str):
+  return lambda folder: lambda: _resolved(folder, *overrides)
+
+
+def _typed(*words: str):
+  """What is typed; {} stands for the folder."""
+  return lambda folder: lambda: main.run(
+      [w.replace("{}", str(folder)) for w in words])
+
+
+def _config_file(*lines: str, beside: str | None = None):
+  """A config file with these lines in its get_config()."""
+  def make(folder):
+    code = folder.parent / "code"
+    code.mkdir()
+    if beside:
+      (code / beside).write_text("{}")
+    (code / "mine.py").write_text("\n  ".join([
+        "from configs import quickstart\ndef get_config():",
+        "config = quickstart.get_config()", *lines, "return config"]))
+    return _typed("train", f"--config={code / 'mine.py'}", "--workdir={}/r")(
+        folder)
+
+  return make
+
+
+def _claimed(*overrides: str, release: bool, **changes: Any):
+  """A workdir that a run has, or had; changes to its config.json."""
+  def make(folder):
+    config, workdir = _resolved(folder), folder / "run"
+    setup.claim(config, workdir)
+    setup.store_config(config, workdir)
+    if release:
+      setup._locks.pop().close()
+    path = workdir / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return lambda: setup.claim(_resolved(folder, *overrides), workdir)
+
+  return make
+
+
+def _read_back(text: str, *words: str):
+  def make(folder):
+    (folder / "config.json").write_text(text)
+    return _typed("evaluate", "--workdir={}", *words)(folder)
+
+  return make
+
+
+def _three_streams_on_eight_devices(folder):
+  """Refused twice: the first refusal does not claim the workdir's config."""
+  workdir = folder.parent / "run"
+  with contextlib.suppress(errors.ConfigError):
+    setup.open_run(_resolved(folder, "data.num_streams=3"), workdir)
+  setup._locks.clear()
+  return lambda: setup.open_run(
+      _resolved(folder, "data.num_streams=3", "seed=1"), workdir)
+
+
+def _odd_vocab_on_eight_devices(folder):
+  config = config_lib.from_hf({
+      "model_type": "llama", "vocab_size": 41, "hidden_size": 16,
+      "intermediate_size": 24, "num_hidden_layers": 3,
+      "num_attention_heads": 2, "num_key_value_heads": 2,
+      "bos_token_id": 0, "eos_token_id": 1})
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=8)
+  return lambda: sharding.infer_shardings(
+      decoder.param_shapes(config, dtype="float32"), decoder.PARAM_RULES, mesh)
+
+
+def _pad_is_eos(folder):
+  there = folder.parent / "tokenizer"
+  shutil.copytree(_TINY[0].hf.name_or_path, there)
+  path = there / "tokenizer_config.json"
+  path.write_text(json.dumps(
+      json.loads(path.read_text()) | {"pad_token": "<|eos|>"}))
+  same = tokenizer.load_tokenizer(there)
+  data = _write(folder / "x.jsonl", json.dumps(PAIR))
+
+  def use():
+    store = store_lib.build_store(
+        [(data, "auto", 1.0, None)], same, cache_dir=folder.parent / "cache")
+    return same.pad_id == same.eos_id and all(
+        c[-1] == same.end_id for c in store.candidate_set(0).completions)
+
+  return use
+
+
+def _warns(override: str):
+  def make(folder):
+    def use():
+      with unittest.TestCase().assertLogs("absl", "WARNING") as logs:
+        _resolved(folder, override)
+      return "config.precision" in logs.output[0]
+
+    return use
+
+  return make
+
+
+def _elsewhere(folder):
+  def use():
+    with contextlib.chdir(folder):
+      main.run(["train", "--config=configs/quickstart.py", "--workdir=r"])
+
+  return use
+
+
+def _no_device(folder):
+  def use():
+    with unittest.mock.patch.object(jax, "devices", side_effect=RuntimeError(
+        "Unknown backend cuda. Available: cpu")):
+      setup.check_devices()
+
+  return use
+
+
+def _config(case_id, make, slug, where):
+  return Case(case_id, make, errors.ConfigError, slug, where, 2)
+
+
+def _out_of_range(case_id, override):
+  return _config(case_id, _set(override), "config.range",
+                 override.split("=")[0])
+
+
+_TOKEN = "hf_" + "aB3" * 12
+_COMMIT = "0123456789abcdef" * 2 + "01234567"
+_RUN = ("--config=" + str(QUICKSTART), "--workdir={}/run")
+
+# C8 (dropout) and L7, L10 (a server, a second Ctrl-C) name what is not there;
+# L6 and L11 are in main_test.py. L12: a second start in a workdir in use.
+CONFIGS = [
+    _config("C1 typed", _set("objective.btea=1"), "config.unknown_key",
+            "objective.btea"),
+    _config("C1 group", _set("optimiser.name=sgd"), "config.unknown_key",
+            "optimiser.name"),
+    _config("C1 file", _config_file("config.objective.btea = 1"),
+            "config.unknown_key", "mine.py:4"),
+    _config("C2 int", _set("batch_size=1.5"), "config.type", "batch_size"),
+    _config("C2 float", _set("objective.beta=abc"), "config.type",
+            "objective.beta"),
+    _config("C2 bool", _set("data.quarantine=2"), "config.type",
+            "data.quarantine"),
+    _config("C2 group", _set("model=3"), "config.type", "model"),
+    _config("C2 file", _config_file("config.batch_size = '100'"),
+            "config.type", "mine.py:4"),
+    _config("C2 json", _set("tokenizer.chat_template_kwargs=[1]"),
+            "config.type", "tokenizer.chat_template_kwargs"),
+    _config("C2 date", _set("tokenizer.date=yesterday"), "config.type",
+            "tokenizer.date"),
+    *(_out_of_range(f"C3 {o}", o) for o in (
+        "objective.beta=nan", "optimizer.learning_rate=inf",
+        "sft.num_steps=-5", "batch_size=None", "data.num_streams=None")),
+    *(_out_of_range(f"C4 {o}", o) for o in (
+        "objective.beta=0", "optimizer.learning_rate=-1",
+        "optimizer.warmup_ratio=1.5", "kernel.temperature=0",
+        "kernel.num_negatives=0", "generation.top_p=0",
+        "generation.top_p=1.1", "generation.temperature=-1",
+        "generation.num_samples=0", "evaluation.num_display=0",
+        "seed=-1", "batch_size=" + "9" * 400, "objective.name=mpco",
+        "model.family=lama", "data.prompt_overlength=cut",
+        "data.completion_overlength=left", "export.dtype=float16",
+        "data.format=natve", "tokenizer.bos=always", "data.path=a.jsonl*0",
+        "data.eval_path=a.jsonl*nan", "sft.data_path=a.jsonl,,b.jsonl")),
+    _config("C5", _three_streams_on_eight_devices, "config.divisible",
+            "data.num_streams"),
+    _config("C6 zero", _set("mesh.data=0"), "config.mesh", "mesh"),
+    _config("C6 two", _set("mesh.fsdp=-1"), "config.mesh", "mesh"),
+    _config("C6 devices", lambda folder: lambda: sharding.make_mesh(
+        data=3, fsdp=1, tensor=-1), "config.mesh", "mesh"),
+    _config("C6 vocab", _odd_vocab_on_eight_devices, "config.divisible",
+            "lm_head/kernel"),
+    _config("C6 kv", _set("model.num_kv_heads=3"), "config.divisible",
+            "model.num_kv_heads"),
+    _config("C7 context", _set("model.max_position_embeddings=95"),
+            "config.length", "model.max_position_embeddings"),
+    _config("C7 sample", _set("generation.max_new_tokens=465"),
+            "config.length", "model.max_position_embeddings"),
+    _config("C7 stream", _set("data.stream_length=95"), "config.length",
+            "data.stream_length"),
+    _config("C9", _set("reference.path=./none"), "config.reference",
+            "reference.path"),
+    Case("C9 hub", lambda folder: lambda: _resolved(
+        folder, "reference.path=owner/name"), None, None, "", 0),
+    Case("C10", _pad_is_eos, None, None, "", 0),
+    _config("C11 steps", _set("num_steps=3"), "config.conflict", "num_steps"),
+    _config("C11 order", _set("stages=preference,sft"), "config.conflict",
+            "stages"),
+    _config("C11 strategy", _set("kernel.strategy=random"), "config.unused",
+            "kernel.temperature"),
+    _config("C11 objective", _set("objective.gamma_beta_ratio=1"),
+            "config.unused", "objective.gamma_beta_ratio"),
+    _config("C11 revision", _set("data.revision=main"), "config.unused",
+            "data.revision"),
+    _config("C11 override", _read_back("{}", "--config.seed=1"),
+            "config.unused", "seed"),
+    _config("C12", _claimed("objective.beta=0.7", release=True),
+            "config.other_run", "config.json"),
+    _config("C13 model", _config_file(beside="model.safetensors"),
+            "config.untrusted_code", "mine.py"),
+    _config("C13 run", _config_file(beside="config.json"),
+            "config.untrusted_code", "mine.py"),
+    _config("C14", _set(f"cache_dir={_TOKEN}"), "config.secret", "cache_dir"),
+    _config("C14 hex", _set(f"reward.name={_COMMIT}"), "config.secret",
+            "reward.name"),
+    Case("C14 commit", lambda folder: lambda: _resolved(
+        folder, "model.path=owner/name", f"model.revision={_COMMIT}"),
+         None, None, "", 0),
+    Case("C14 folder", lambda folder: lambda: _resolved(
+        folder, f"model.path=/hub/snapshots/{_COMMIT}"), None, None, "", 0),
+    _config("C15 resume", _claimed(release=True, version=99),
+            "config.version", "config.json"),
+    _config("C15 read", _read_back('{"version": 99, "config": {}}'),
+            "config.version", "config.json"),
+    _config("C15 cut", _read_back('{"vers'), "config.invalid", "config.json"),
+    Case("C16", _warns("model.param_dtype=bfloat16"), None, None, "", 0),
+    *(_config(f"C17 {o}", _set(o), "config.retention", o.split("=")[0])
+      for o in ("checkpoint.keep=1", "checkpoint.keep=0",
+                "checkpoint.every_steps=0")),
+    _config("L1", _typed("train", *_RUN, "--wrkdir=x"), "cli.flag", "--wrkdir"),
+    _config("L1 verb", _typed("trian", *_RUN), "cli.verb", ""),
+    _config("L1 word", _typed("train", "more", *_RUN), "cli.flag", "more"),
+    _config("L2", _typed("train", "--workdir={}/run"), "config.missing",
+            "--config"),
+    _config("L2 workdir", _typed("train", _RUN[0]), "cli.flag", "--workdir"),
+    _config("L2 out", _typed("export", *_RUN), "cli.flag", "--out"),
+    _config("L3", _typed("train", "--config={}/quikstart.py", _RUN[1]),
+            "config.missing", "quikstart.py"),
+    _data("L3 data", lambda folder: lambda: setup.check_sources(_resolved(
+        folder, f"data.path={folder}/kwsie.jsonl*2")), "data.no_files",
+          "kwsie.jsonl"),
+    *(Case(f"L4 {verb[0]}", _typed(*verb, *_RUN), errors.CheckpointError,
+           "ckpt.none", "run", 5)
+      for verb in (("evaluate",), ("export", "--out={}/out"))),
+    _config("L5", _typed("train", *_RUN, "--fresh=1", "--resume=1"),
+            "cli.flag", "--fresh"),
+    _config("L8", _elsewhere, "config.missing", "configs/quickstart.py"),
+    Case("L9", _no_device, errors.ResourceError, "device", "", 6),
+    Case("L12", _claimed(release=False), errors.CheckpointError,
+         "ckpt.locked", "run", 5),
+]
+
 _LINE = json.dumps(PAIR)
 _GZIP = gzip.compress(_LINE.encode() * 50)
 
@@ -303,6 +567,7 @@ TABLE = [
                           KWISE | {"prompt": "z", "prompt_id": "p"}),
           "data.duplicate_id", "x.jsonl:2, prompt_id"),
     *models_folders.cases(Case),
+    *CONFIGS,
 ]
 
 
@@ -340,6 +605,8 @@ def test_ids_and_slugs_of_the_table_are_sound():
   ids = [case.id for case in TABLE]
   assert len(ids) == len(set(ids))
   wanted = {f"D{n}" for n in [*range(1, 32), 33, 36]}
+  wanted |= {f"C{n}" for n in range(1, 18) if n != 8}
+  wanted |= {f"L{n}" for n in (1, 2, 3, 4, 5, 8, 9, 12)}
   assert wanted <= {i.split()[0] for i in ids}
 
 

@@ -59,7 +59,7 @@ def order_candidates(
 
   Raises:
     DataError: data.field_missing if the record does not say what is asked.
-    ConfigError: config.choice for an unknown `preferred`.
+    ConfigError: config.range for an unknown `preferred`.
   """
   scores = candidate_set.scores
   count = len(scores)
@@ -69,7 +69,7 @@ def order_candidates(
     tie = -np.asarray(noise, np.float64)
   if preferred not in ("best", "top_k", "index"):
     raise errors.ConfigError(
-        "config.choice", "no such way to prefer", where="data.preferred",
+        "config.range", "no such way to prefer", where="data.preferred",
         got=preferred, want="best, top_k or index")
   if preferred == "index" or not known.any():
     first = candidate_set.preferred

@@ -48,12 +48,12 @@ def scan(
     ("file:line", record or error, the bytes it was read from).
 
   Raises:
-    ConfigError: config.choice for an unknown format.
+    ConfigError: config.range for an unknown format.
     DataError: a whole file is missing or damaged.
   """
   if format != "auto" and format not in readers.READERS:
     raise errors.ConfigError(
-        "config.choice", "no such data format", where="data.format",
+        "config.range", "no such data format", where="data.format",
         got=format, want=f"auto, {', '.join(readers.READERS)}")
   if (split := embedded_split(path)) is not None:
     from mcpo_jax.data import quickstart

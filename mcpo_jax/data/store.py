@@ -479,7 +479,7 @@ def build_store(
   Raises:
     DataError or ErrorGroup: bad rows, missing or damaged files,
       data.duplicate_id, data.quarantine (too many), data.too_small (none left).
-    ConfigError: config.choice, config.range.
+    ConfigError: config.range.
   """
   choices = {
       "prompt_overlength": (
@@ -490,7 +490,7 @@ def build_store(
   for name, (value, allowed) in choices.items():
     if value not in allowed:
       raise errors.ConfigError(
-          "config.choice", "no such choice", where=f"data.{name}", got=value,
+          "config.range", "no such choice", where=f"data.{name}", got=value,
           want=", ".join(allowed))
   sources = [(str(p), f, float(w), r) for p, f, w, r in sources]
   _check_sources(sources)

@@ -524,7 +524,7 @@ def load_tokenizer(
 
   Raises:
     ModelDirError: hf.tokenizer, hf.template.
-    ConfigError: config.choice.
+    ConfigError: config.range.
   """
   choices = {
       "think": (think, ("keep", "strip", "mask")),
@@ -535,7 +535,7 @@ def load_tokenizer(
   for name, (value, allowed) in choices.items():
     if value not in allowed:
       raise errors.ConfigError(
-          "config.choice", "no such choice", where=name, got=value,
+          "config.range", "no such choice", where=name, got=value,
           want=", ".join(allowed))
   import transformers
 

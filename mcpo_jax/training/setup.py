@@ -1,11 +1,13 @@
 """From a resolved config to the objects a run is made of."""
 
+import datetime
 import fcntl
 import hashlib
 import json
 import math
 import os
 import pathlib
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ import numpy as np
 from absl import logging
 
 from mcpo_jax import commit, errors, settings, sharding, types
-from mcpo_jax.data import records
+from mcpo_jax.data import files, records
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import config as config_lib
@@ -59,13 +61,15 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if config["data"]["num_streams"] % parts:
     raise errors.ConfigError(
-        "config.divisible", "the streams of a chunk are split over the data and "
-        "fsdp axes", where="data.num_streams", got=config["data"]["num_streams"],
+        "config.divisible", "the streams of a chunk are split over the data "
+        "and fsdp axes", where="data.num_streams",
+        got=config["data"]["num_streams"],
         want=f"a multiple of data x fsdp = {parts}")
   model_dir = None
   if config["model"]["path"]:
     model_dir = hf.resolve_model(
         config["model"]["path"], config["model"]["revision"])
+  store_config(config, workdir)
   return Run(config, workdir, cache, mesh, model_dir,
              open_tokenizer(config, workdir, model_dir))
 
@@ -74,7 +78,7 @@ _locks = []  # open files; a lock ends with its process
 
 
 def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Locks the workdir and stores the resolved config, or compares with it.
+  """Locks the workdir and compares the config with the one it holds.
 
   Raises:
     CheckpointError: ckpt.locked, ResourceError: ckpt.path,
@@ -91,23 +95,17 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
     lock.seek(0)
     raise errors.CheckpointError(
         "ckpt.locked", "another process writes to this workdir",
-        where=str(workdir), got=f"process {lock.read().strip()}") from None
+        where=str(workdir), got=lock.read().strip()) from None
   lock.truncate(0)
-  lock.write(str(os.getpid()))
+  now = datetime.datetime.now().isoformat(" ", "seconds")
+  lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
   lock.flush()
   _locks.append(lock)
 
   path = workdir / "config.json"
-  text = json.dumps({"version": settings.CONFIG_VERSION, "config": config},
-                    indent=1, sort_keys=True)
   if path.exists():
-    saved = json.loads(path.read_text())
-    if saved["version"] > settings.CONFIG_VERSION:
-      raise errors.ConfigError(
-          "config.version", "saved by a newer version", where=str(path),
-          got=saved["version"], want=f"<= {settings.CONFIG_VERSION}")
-    old = settings.flatten(saved["config"])
-    new = settings.flatten(json.loads(text)["config"])
+    old = settings.flatten(settings.read_saved(path))
+    new = settings.flatten(json.loads(json.dumps(config)))
     changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
                for k in sorted(old.keys() | new.keys())
                if old.get(k) != new.get(k) and not k.startswith(_FREE)]
@@ -116,12 +114,28 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
           "config.other_run", "the workdir holds a run of another config",
           where=str(path), got="; ".join(changed[:20]),
           hint="use a fresh --workdir, or the config of that run")
-  commit.write_file(path, text)
+
+
+def store_config(config: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Keeps the resolved config in the workdir, as JSON."""
+  commit.write_file(workdir / "config.json", json.dumps(
+      {"version": settings.CONFIG_VERSION, "config": config},
+      indent=1, sort_keys=True))
 
 
 def check_devices() -> None:
-  """Says which devices are used, and when an accelerator lies idle."""
-  devices = jax.devices()
+  """Says which devices are used, and when an accelerator lies idle.
+
+  Raises:
+    ResourceError: device, if the kind that was asked for is not there.
+  """
+  try:
+    devices = jax.devices()
+  except RuntimeError as e:
+    raise errors.ResourceError(
+        "device", str(e).split("\n")[0], where="JAX_PLATFORMS",
+        got=os.environ.get("JAX_PLATFORMS"),
+        hint="unset JAX_PLATFORMS to take what there is") from e
   logging.info("jax %s on %d %s device(s)", jax.__version__, len(devices),
                devices[0].platform)
   if devices[0].platform == "cpu" and os.environ.get(
@@ -150,7 +164,8 @@ def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
   tokenizer = tokenizer_lib.load_tokenizer(
       str(path or own), chat_template=options["chat_template"],
       chat_template_kwargs=json.loads(options["chat_template_kwargs"] or "{}"),
-      date=options["date"], think=config["data"]["think"])
+      date=options["date"], bos=options["bos"],
+      think=config["data"]["think"])
   if not own.exists():  # what exports carry
     commit.write_folder(own, tokenizer.save, {})
   return tokenizer
@@ -162,19 +177,44 @@ def training_texts(config: dict[str, Any]) -> Iterator[str]:
   path, format = (
       (group["data_path"], group["data_format"]) if "sft" in config["stages"]
       else (group["path"], group["format"]))
-  for record in records.read_records(path, format=format):
-    for part in (record.prompt, *record.completions):
-      if isinstance(part, str):
-        yield part
-      else:
-        yield from (turn["content"] for turn in part)
+  revision = config["data"]["revision"]
+  for source, _ in settings.parse_sources(path):
+    for record in records.read_records(
+        source, format=format, revision=revision):
+      for part in (record.prompt, *record.completions):
+        if isinstance(part, str):
+          yield part
+        else:
+          yield from (turn["content"] for turn in part)
+
+
+def sources_of(
+    config: dict[str, Any], path: str, format: str
+) -> list[store_lib.Source]:
+  """What a path of the config names, as stores and the audit take it."""
+  return [(source, format, weight, config["data"]["revision"])
+          for source, weight in settings.parse_sources(path)]
+
+
+def check_sources(config: dict[str, Any]) -> None:
+  """Looks for the files of every stage before the first one begins.
+
+  Raises:
+    DataError: data.no_files, data.unreadable.
+  """
+  data = config["data"]
+  texts = [config["sft"]["data_path"]] if "sft" in config["stages"] else []
+  for text in filter(None, [*texts, data["path"], data["eval_path"]]):
+    for path, _ in settings.parse_sources(text):
+      if not (path.startswith(records.EMBEDDED) or files.is_hub_name(path)):
+        files.expand(path)
 
 
 def open_store(run: Run, path: str, format: str) -> store_lib.Store:
-  """The tokenised rows of one source, made once and kept in the cache."""
+  """The tokenised rows of a path's sources, made once and kept in the cache."""
   data = run.config["data"]
   return store_lib.build_store(
-      [(path, format, 1.0, data["revision"])], run.tokenizer,
+      sources_of(run.config, path, format), run.tokenizer,
       max_prompt_length=data["max_prompt_length"],
       max_completion_length=data["max_completion_length"],
       prompt_overlength=data["prompt_overlength"],
@@ -228,8 +268,8 @@ def open_model(
   needed = data["max_prompt_length"] + data["max_completion_length"]
   if needed > config.max_positions:
     raise errors.ConfigError(
-        "config.length", "max_prompt_length + max_completion_length exceeds the "
-        "model's context", where="data.max_completion_length", got=needed,
+        "config.length", "max_prompt_length + max_completion_length exceeds "
+        "the model's context", where="data.max_completion_length", got=needed,
         want=f"<= {config.max_positions}")
   dtype = jnp.dtype(options["param_dtype"])
   shapes = decoder.param_shapes(config, dtype=dtype)
