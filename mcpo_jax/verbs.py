@@ -228,7 +228,8 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         run, stage, model, start, *stores["eval"], options, anchors.get("eval"))
   params, step = loop.train(
       stage, model, make_batch, start, folder, writer,
-      setup.schedule_of(config), meta={"stage": "preference", "data": data.key,
+      setup.schedule_of(config),
+      meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "objective": stage.objective},
       reference_logps=anchors.get("train"), evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
