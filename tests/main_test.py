@@ -103,7 +103,8 @@ def test_a_closed_pipe_is_no_traceback():
     os.close(read)
     done = subprocess.run(
         f'"{sys.executable}" -m mcpo_jax --help {closed}', shell=True, cwd=ROOT,
-        stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+        stdout=write, stderr=subprocess.PIPE, text=True, timeout=120,
+        env=os.environ | {"PYTHONUNBUFFERED": ""})
     os.close(write)
     assert (done.returncode, done.stderr) == (code, "")
 
