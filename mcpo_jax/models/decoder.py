@@ -142,27 +142,38 @@ def _run_layers(
   def body(carry, layer):
     x, state = carry
     weights, index, window, base = layer
-    x = sharding.constrain(x, *sharding.BATCH_SPEC)
+    x = _pin(x)
     cos, sin = (
         jax.lax.dynamic_index_in_dim(table, base, keepdims=False)
         for table in tables
     )
-    h = _norm(x, weights["attention_norm"], config)
+    h = _pin(_norm(x, weights["attention_norm"], config))
     q, k, v = _project_heads(weights["attention"], config, h, cos, sin)
     h, state, kept = attend(q, k, v, window, index, state)
-    h = _linear(
-        h.reshape(*h.shape[:-2], -1), weights["attention"]["o_proj"]
-    )
+    h = h.reshape(*h.shape[:-2], -1)
+    h = _pin(_linear(h, weights["attention"]["o_proj"]))
     if config.post_norms:
       h = _norm(h, weights["post_attention_norm"], config)
     x = x + h
-    h = _mlp(_norm(x, weights["mlp_norm"], config), weights["mlp"], config)
+    h = _pin(_norm(x, weights["mlp_norm"], config))
+    h = _pin(_mlp(h, weights["mlp"], config))
     if config.post_norms:
       h = _norm(h, weights["post_mlp_norm"], config)
     return (x + h, state), kept
 
   (x, state), kept = jax.lax.scan(REMAT[remat](body), (x, state), scanned)
-  return _norm(x, params["final_norm"], config), state, kept
+  return _pin(_norm(x, params["final_norm"], config)), state, kept
+
+
+def _pin(x):
+  """Splits x [..., D], and its gradient, over the batch axes alone.
+
+  It stands on the D side of every projection. Left to itself, XLA may split D
+  over "tensor" too; a product of fewer rows than columns, whose weights are
+  split over "tensor" and "fsdp", then has its rows in the wrong order on a
+  mesh where all three axes are larger than 1 (jax 0.10.2).
+  """
+  return sharding.constrain(x, *sharding.BATCH_SPEC)
 
 
 def _project_heads(weights, config, h, cos, sin):
