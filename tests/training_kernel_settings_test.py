@@ -108,7 +108,8 @@ def train(folder, model, reference, *, patience=None, shift=0.0):
       stage, model, make_batch, lambda: cases.init(model), folder,
       metrics.Writer(folder), schedule, meta={},
       reference_logps=lambda b: reference(b) + columns,
-      evaluate=(lambda *_: {"eval/loss": 1.0, "eval/accuracy": 0.5}) if patience else None,
+      evaluate=(lambda *_: {"eval/loss": 1.0, "eval/accuracy": 0.5}
+                ) if patience else None,
       expect_start=True)
   return jax.device_get(params), step
 
