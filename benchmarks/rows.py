@@ -56,7 +56,8 @@ def interval(values: list[float]) -> str:
   mean = statistics.mean(values)
   if t is None:
     return f"{mean:.3f}"
-  return f"{mean:.3f} ± {t * statistics.stdev(values) / math.sqrt(len(values)):.3f}"
+  half = t * statistics.stdev(values) / math.sqrt(len(values))
+  return f"{mean:.3f} ± {half:.3f}"
 
 
 def table(args, seeds, results) -> str:

@@ -42,9 +42,11 @@ class Checkpointer:
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
     """Starts to save; a save under way is finished first."""
     self._finish()
-    if (self._step_folder(step)).exists():  # never committed, or it would be
-      self._manager.delete(step)            # where this run resumed from
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+    if not self._manager.save(
+        step, args=ocp.args.StandardSave(state), force=True):
+      raise errors.CheckpointError(
+          "ckpt.not_saved", "orbax refused to save", where=str(self._folder),
+          got=step)
     self._pending = (step, meta | {"step": step})
 
   def poll(self) -> None:
@@ -86,15 +88,31 @@ class Checkpointer:
         logging.warning("checkpoint %d skipped: %s", step, e)
         skipped.append(str(e))
         continue
-      return self.restore(step, abstract_state), meta
+      # What lies above was never finished or is damaged, and orbax saves no
+      # step below an existing one.
+      for later in self._manager.all_steps():
+        if later > step:
+          self._manager.delete(later)
+      return self._restore(step, abstract_state), meta
     if skipped:
       raise errors.CheckpointError(
           "ckpt.none_complete", "no checkpoint verifies",
           where=str(self._folder), got="; ".join(skipped))
+    for step in self._manager.all_steps():  # none of them was finished
+      self._manager.delete(step)
     return None
 
   def restore(self, step: int, abstract_state: Any) -> Any:
-    """The arrays of one step, in the shapes and shardings asked for."""
+    """The verified arrays of one step, in the shapes and shardings asked for.
+
+    Raises:
+      CheckpointError: the step is damaged, see `commit.verify`.
+    """
+    self._finish()
+    commit.verify(self._step_folder(step))
+    return self._restore(step, abstract_state)
+
+  def _restore(self, step: int, abstract_state: Any) -> Any:
     return self._manager.restore(
         step, args=ocp.args.StandardRestore(abstract_state))
 

@@ -99,7 +99,7 @@ def write_folder(
 ) -> None:
   """Fills a temporary sibling by `write`, commits it, renames it to `folder`.
 
-  An existing `folder` stays as it was until the new one is whole.
+  If another process has made `folder` meanwhile, that one stays.
   """
   folder = pathlib.Path(folder)
   folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,13 +108,11 @@ def write_folder(
   try:
     write(temporary)
     write_manifest(temporary, meta)
-    if folder.exists():
-      old = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.old")
-      os.rename(folder, old)
+    try:
       os.rename(temporary, folder)
-      shutil.rmtree(old)
-    else:
-      os.rename(temporary, folder)
+    except OSError:
+      if not (folder / MANIFEST).exists():
+        raise
     _fsync(folder.parent)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

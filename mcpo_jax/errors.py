@@ -2,8 +2,6 @@
 
 from typing import Any
 
-PREEMPTED_EXIT_CODE = 75
-
 
 class McpoError(Exception):
   """A refusal that names its place.

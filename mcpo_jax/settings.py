@@ -48,6 +48,7 @@ class Objective(NamedTuple):
   strategy: str = "mc"  # kernel strategy unless the config names one
   strategies: tuple[str, ...] | None = None  # None: any but "none"
   pairwise: bool = False  # exactly one negative
+  per_token: bool = False  # its reward is a mean over tokens
   replace: bool = False  # draws with replacement
   include_preferred: bool = False  # the preferred is in the candidate set
   separable: bool = True  # loss[b] depends on set b alone
@@ -95,6 +96,7 @@ OBJECTIVES: dict[str, Objective] = {
         anchors=(),
         strategy="fixed_worst",
         pairwise=True,
+        per_token=True,
     ),
     "sft": Objective(
         "mcpo_jax.objectives.supervised:sft_loss",

@@ -10,9 +10,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, settings
 from mcpo_jax.data import audit as audit_lib
-from mcpo_jax.data import batches
+from mcpo_jax.data import packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import preferences, samples
 from mcpo_jax.generation import service as service_lib
@@ -27,6 +27,7 @@ from mcpo_jax.training import loop, metrics, reference, setup
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
   setup.check_sources(config)
+  load_reward(config)  # a reward that is missing is missed now, not later
   run = setup.open_run(config, workdir)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
@@ -58,13 +59,19 @@ def export(
 
 def score(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Fills the reference cache of the training and held-out rows."""
+  if config["reference"]["source"] != "cached":
+    raise errors.ConfigError(
+        "config.unused", "nothing would read the cache",
+        where="reference.source", got=config["reference"]["source"],
+        want="cached", hint="or an objective that needs a reference")
   run = setup.open_run(config, workdir)
-  start_dir = find_start(run)
-  model, start = setup.open_model(run, start_dir)
+  model, start = setup.open_model(run, find_start(run))
   stores = open_preference_stores(run)
-  for data in {data.key: data for data, _ in stores.values()}.values():
+  stores = {data.key: data for data, _ in stores.values()}
+  for data in stores.values():
     open_reference(run, model, start, data)
-    logging.info("reference log-probs of %d rows are in the cache", len(data))
+  write_summary(workdir, {
+      "score/rows": sum(len(data) for data in stores.values())})
 
 
 def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
@@ -77,7 +84,9 @@ def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
   print(text)
   if workdir:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_summary(workdir, {"audit": report})
+    write_summary(workdir, {
+        f"audit/{k.replace('.', '/')}": v
+        for k, v in settings.flatten(report).items()})
 
 
 def write_summary(workdir: pathlib.Path, values: dict[str, Any]) -> None:
@@ -94,48 +103,71 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   """Imitates sft.data_path; the result lies in <workdir>/sft/model and, for
   other runs with the same settings and data, in the cache."""
   config, folder = run.config, run.workdir / "sft"
-  target = folder / "model"
-  if target.exists():
-    return {}
+  done = folder / "result.json"
+  if done.exists():
+    return json.loads(done.read_text())
   data = setup.open_store(
-      run, config["sft"]["data_path"], config["sft"]["data_format"])
+      run, config["sft"]["data_path"], config["sft"]["data_format"], name="sft")
+  model, start = setup.open_model(run, run.model_dir)
+  rows = setup.trained_rows(
+      run, data, np.arange(len(data)), open_eval_store(run))
   key = setup.digest([
-      data.key, config["model"], config["sft"], config["seed"],
-      config["data"]["eval_fraction"],
-      str(run.model_dir)])
-  shared = run.cache / "starts" / key
-  if shared.exists():
-    commit.verify(shared)
+      data.key, len(rows), hf.params_sha256(start()), config["model"],
+      config["sft"], config["seed"], config["data"]["stream_length"],
+      config["data"]["num_streams"]])
+  shared, target = run.cache / "starts" / key, folder / "model"
+  stage = setup.stage_of(config, len(rows), supervised=True)
+  if (shared / commit.MANIFEST).exists():
     logging.info("sft: the same start was trained before, in %s", shared)
+    commit.verify(shared)
+    shutil.rmtree(target, ignore_errors=True)
     commit.write_folder(
         target, lambda to: shutil.copytree(shared, to, dirs_exist_ok=True), {})
-    return {}
-  rows = np.flatnonzero(~setup.held_out(data, config["data"]["eval_fraction"]))
-  model, start = setup.open_model(run, run.model_dir)
-  stage = setup.stage_of(config, len(rows), supervised=True)
-  make_batch = batch_lib.make_batch_fn(
-      data, rows, batch_size=stage.batch_size, seed=stage.seed,
-      num_slots=data.max_candidates, preferred="best", top_k=None)
-  params, _ = loop.train(
-      stage, model, make_batch, start, folder, writer,
-      setup.schedule_of(config), meta={"stage": "sft", "key": key})
-  hf.save_params(target, params, model.config,
-                 tokenizer_dir=run.workdir / "tokenizer")
-  commit.write_folder(
-      shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})
-  return {}
+  else:
+    make_batch = batch_lib.make_batch_fn(
+        data, rows, batch_size=stage.batch_size, seed=stage.seed,
+        num_slots=data.max_candidates, preferred="best", top_k=None)
+    params, _ = loop.train(
+        stage, model, make_batch, start, folder, writer,
+        setup.schedule_of(config), meta={"stage": "sft", "key": key})
+    save_model(run, target, params, model)
+    commit.write_folder(
+        shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})
+  params = hf.load_params(target, model.config)
+  result = {"params/sha256": hf.params_sha256(params),
+            "step": stage.num_steps}
+  commit.write_file(done, json.dumps(result))
+  return result
+
+
+def save_model(run, folder, params, model) -> None:
+  """What a stage ends with, as a Hugging Face folder with a manifest."""
+  hf.save_params(folder, params, model.config,
+                 tokenizer_dir=run.workdir / "tokenizer",
+                 stop_ids=run.tokenizer.stop_ids)
+  commit.write_manifest(folder, {})
 
 
 def find_start(run: setup.Run) -> pathlib.Path | None:
   """Where the preference stage starts: sft's result, given weights, or None."""
   if "sft" not in run.config["stages"]:
     return run.model_dir
-  target = run.workdir / "sft" / "model"
-  if not target.exists():
+  return finished(run, "sft")
+
+
+def finished(run: setup.Run, stage: str) -> pathlib.Path:
+  """The verified model that a stage ended with.
+
+  Raises:
+    CheckpointError: ckpt.none, or what `commit.verify` finds.
+  """
+  folder = run.workdir / stage
+  if not (folder / "result.json").exists():
     raise errors.CheckpointError(
-        "ckpt.none", "the sft stage has not finished", where=str(target),
+        "ckpt.none", f"the {stage} stage has not finished", where=str(folder),
         hint="run `train` first")
-  return target
+  commit.verify(folder / "model")
+  return folder / "model"
 
 
 # --- Stage: preference -------------------------------------------------------
@@ -146,24 +178,39 @@ def open_preference_stores(
 ) -> dict[str, tuple[store_lib.Store, np.ndarray]]:
   """"train" and, if there is held-out data, "eval": (store, its rows)."""
   options = run.config["data"]
-  data = setup.open_store(run, options["path"], options["format"])
+  data = setup.open_store(
+      run, options["path"], options["format"], name="train")
   rows = np.arange(len(data))
-  if setup.settings.OBJECTIVES[run.config["objective"]["name"]].contrast:
+  if settings.OBJECTIVES[run.config["objective"]["name"]].contrast:
     rows = data.contrast_rows()
     if len(rows) < len(data):
       logging.info("%d rows without contrast are not used",
                    len(data) - len(rows))
-  out = {}
-  if options["eval_path"]:
-    other = setup.open_store(run, options["eval_path"], options["eval_format"])
-    out["eval"] = other, other.contrast_rows()
+  held, other = None, open_eval_store(run)
+  if other is not None:
+    held = other, other.contrast_rows()
   elif options["eval_fraction"]:
-    held = setup.held_out(data, options["eval_fraction"])
-    out["eval"] = data, np.intersect1d(
-        np.flatnonzero(held), data.contrast_rows())
-    rows = rows[~held[rows]]
-  out["train"] = data, rows
-  return out
+    held = data, np.intersect1d(data.contrast_rows(), np.flatnonzero(
+        setup.held_out(data, options["eval_fraction"])))
+  if held is not None and not len(held[1]):
+    raise errors.DataError(
+        "data.too_small", "no held-out row has a preference", got=0,
+        where=f"data.eval_{'path' if other is not None else 'fraction'}",
+        want="at least 1")
+  rows = setup.trained_rows(run, data, rows, other)
+  if options["preferred"] == "index":
+    for row in rows:  # a record that names none is refused before training
+      packing.order_candidates(data.candidate_set(int(row)), preferred="index")
+  return {"train": (data, rows)} | ({} if held is None else {"eval": held})
+
+
+def open_eval_store(run: setup.Run) -> store_lib.Store | None:
+  """The store of data.eval_path, None without one."""
+  data = run.config["data"]
+  if not data["eval_path"]:
+    return None
+  return setup.open_store(
+      run, data["eval_path"], data["eval_format"], name="eval")
 
 
 def open_reference(
@@ -185,7 +232,8 @@ def reference_params(run: setup.Run, model: loop.Model, start):
   path = run.config["reference"]["path"]
   if path is None:
     return start(), model
-  other, load = setup.open_model(run, hf.resolve_model(path, None))
+  other, load = setup.open_model(
+      run, setup.resolve_once(run.workdir, path, None))
   return load(), other
 
 
@@ -213,7 +261,6 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     for store, used in stores.values():
       for row in used:
         batch_lib.behaviour_logps(store, int(row))
-  batches.plan(len(rows), batch_size=stage.batch_size)
   num_slots = max(d.max_candidates for d, _ in stores.values())
   options = {"seed": stage.seed, "num_slots": num_slots,
              "preferred": config["data"]["preferred"],
@@ -230,12 +277,12 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       stage, model, make_batch, start, folder, writer,
       setup.schedule_of(config),
       meta={"stage": "preference", "data": data.key,
-            "model": str(model.config), "objective": stage.objective},
+            "model": str(model.config), "start": hf.params_sha256(start()),
+            "objective": stage.objective},
       reference_logps=anchors.get("train"), evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
       and config["reference"]["path"] is None)
-  hf.save_params(folder / "model", params, model.config,
-                 tokenizer_dir=run.workdir / "tokenizer")
+  save_model(run, folder / "model", params, model)
   result = {"params/sha256": hf.params_sha256(params), "step": step}
   commit.write_file(done, json.dumps(result))
   return result
@@ -274,34 +321,40 @@ def make_anchors(run, model, start, stores, make_batch) -> dict[str, Any]:
 def make_evaluate(run, stage, model, start, data, rows, options, anchor):
   """(functions, state) -> metrics on the first held-out prompts.
 
-  Each call also appends samples of `evaluation.num_display` prompts, beside
+  Each call also writes samples of `evaluation.num_display` prompts, beside
   those of the start, to preference/samples.jsonl.
   """
-  options_of = run.config["evaluation"]
-  rows = rows[:options_of["num_prompts"] or len(rows)]
+  limits = run.config["evaluation"]
+  rows = rows[:limits["num_prompts"] or len(rows)]
   held = []
   for first in range(0, len(rows), stage.batch_size):
     some = rows[first:first + stage.batch_size]
     held.append(batch_lib.collect(
         data, some, np.zeros(len(some), np.int32), batch_size=stage.batch_size,
         **options))
-  shown = prompt_set(data, rows[:options_of["num_display"]])
+  shown = prompt_set(data, rows[:limits["num_display"]])
   service = make_service(run, model, start())
   greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0,
             "seed": stage.seed, "prompt_ids": shown.prompt_ids}
   before = service.generate(shown.tokens, **greedy).text
+  path = run.workdir / "preference" / "samples.jsonl"
 
   def evaluate(functions, state):
     out = loop.score_held_out(stage, model, functions, state, held, anchor)
+    per_token = np.ones_like(out.logps)
+    if stage.entry.per_token or stage.objective_settings.get("length_average"):
+      per_token = np.maximum(out.lengths, 1)
     values = preferences.preference_metrics(
-        out.logps, out.ref_logps, out.role, out.scores,
+        out.logps / per_token, out.ref_logps / per_token, out.role, out.scores,
         beta=stage.objective_settings.get("beta", 1.0), seed=stage.seed)
-    service.update(state.params, int(state.step))
+    step = int(state.step)
+    service.update(state.params, step)
     now = service.generate(shown.tokens, **greedy).text
-    with open(run.workdir / "preference" / "samples.jsonl", "a") as file:
-      for prompt, (old,), (new,) in zip(shown.prompts, before, now):
-        file.write(json.dumps({"step": int(state.step), "prompt": prompt,
-                               "start": old, "now": new}) + "\n")
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [x for x in lines if json.loads(x)["step"] < step] + [
+        json.dumps({"step": step, "prompt": prompt, "start": old, "now": new})
+        for prompt, (old,), (new,) in zip(shown.prompts, before, now)]
+    commit.write_file(path, "\n".join(lines) + "\n")
     return {f"eval/{k}": v for k, v in values.items() if np.ndim(v) == 0} | {
         "eval/loss": out.loss,
         "eval/accuracy": values["rewards/accuracies"],
@@ -313,12 +366,21 @@ def make_evaluate(run, stage, model, start, data, rows, options, anchor):
 # --- Stage: evaluate ----------------------------------------------------------
 
 
+def load_reward(config: dict[str, Any]) -> rewards.Reward | None:
+  """The reward of a config, None without one."""
+  options = config["reward"]
+  if options["name"] is None:
+    return None
+  return rewards.load_reward(
+      options["name"], patterns_path=options["patterns_path"])
+
+
 def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
   """The prompts of some rows, with the columns that all of them have."""
   sets = [data.candidate_set(int(i)) for i in rows]
   columns = [data.columns(int(i)) for i in rows]
   shared = set.intersection(*(set(c) for c in columns)) - {
-      "prompt", "prompt_id", "where"}
+      "prompt", "prompt_id", "where", "prompts", "completions", "reward"}
   return samples.PromptSet(
       tokens=[s.prompt for s in sets],
       prompt_ids=np.stack([s.example_id for s in sets]),
@@ -340,23 +402,27 @@ def make_service(
 
 
 def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
-  """Samples of held-out prompts, scored by the reward: aligned against start.
+  """Held-out loss, accuracy and margin; with a reward also samples of
+  held-out prompts, aligned against start.
 
   Both models draw with the same noise; the interval is over prompts.
   """
   done = run.workdir / "evaluate" / "result.json"
   if done.exists():
     return json.loads(done.read_text())
+  finished(run, "preference")
   stores = open_preference_stores(run)
-  if "eval" not in stores or run.config["reward"]["name"] is None:
-    logging.warning("evaluate: needs data.eval_path or data.eval_fraction, and "
-                    "reward.name; nothing done")
+  if "eval" not in stores:
+    logging.warning("evaluate: there is no held-out data; set "
+                    "data.eval_path or data.eval_fraction")
     return {}
+  summary = held_out_metrics(run)
+  reward = load_reward(run.config)
+  if reward is None:
+    logging.warning("evaluate: no reward.name, so samples are not scored")
+    return summary
   data, rows = stores["eval"]
   prompts = prompt_set(data, rows[:run.config["evaluation"]["num_prompts"]])
-  reward = rewards.load_reward(
-      run.config["reward"]["name"],
-      patterns_path=run.config["reward"]["patterns_path"])
   options, seed = run.config["generation"], run.config["seed"]
   names = ("sft" if "sft" in run.config["stages"] else "start", "aligned")
 
@@ -372,8 +438,11 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         top_p=top_p, seed=seed)
 
   before = {law: sample(law) for law in laws}
-  service.update(find_aligned(run, model), 1)
-  summary, shown = {}, {}
+  service.update(hf.load_params(
+      finished(run, "preference"), model.config,
+      shardings=model.param_shardings,
+      dtype=run.config["model"]["param_dtype"]), 1)
+  shown = {}
   for law in laws:
     compared = samples.compare(
         before[law], sample(law), prompts.prompts, names=names, seed=seed)
@@ -391,15 +460,15 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   return summary
 
 
-def find_aligned(run: setup.Run, model: loop.Model):
-  """The weights that the preference stage ended with."""
-  folder = run.workdir / "preference" / "model"
-  if not folder.exists():
-    raise errors.CheckpointError(
-        "ckpt.none", "the preference stage has not finished",
-        where=str(folder), hint="run `train` first")
-  return hf.load_params(folder, model.config, shardings=model.param_shardings,
-                        dtype=run.config["model"]["param_dtype"])
+def held_out_metrics(run: setup.Run) -> dict[str, float]:
+  """Loss, accuracy and margin on held-out rows of the weights that the
+  preference stage ended with, as its last evaluation wrote them."""
+  result = json.loads((run.workdir / "preference/result.json").read_text())
+  rows = [json.loads(line) for line in (
+      run.workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = [r for r in rows if r["stage"] == "preference"
+          and r["step"] == result["step"] and "eval/loss" in r]
+  return {k: v for k, v in rows[-1].items() if k.startswith("eval/")}
 
 
 # --- Stage: export -----------------------------------------------------------
@@ -412,19 +481,21 @@ def run_export(
   """Writes what the last stage trained as a folder that transformers loads."""
   del writer
   out = out or run.workdir / "export"
-  source = run.workdir / (
-      "preference" if "preference" in run.config["stages"] else "sft") / "model"
-  if not source.exists():
-    raise errors.CheckpointError(
-        "ckpt.none", "nothing was trained here yet", where=str(source),
-        hint="run `train` first")
+  if out.exists() and any(out.iterdir()) and not (
+      out / "config.json").exists():
+    raise errors.ModelDirError(
+        "hf.export", "the folder holds something that is no model",
+        where=str(out), want="a new folder, or an earlier export")
+  last = "preference" if "preference" in run.config["stages"] else "sft"
+  source = finished(run, last)
   config = hf.load_config(source)
   dtype = run.config["export"]["dtype"] or run.config["model"]["param_dtype"]
   params = hf.load_params(source, config, dtype=dtype)
   objective = run.config["objective"]
-  hf.save_params(
-      out, params, config, tokenizer_dir=run.workdir / "tokenizer",
-      stop_ids=run.tokenizer.stop_ids,
-      card=f"Aligned with mcpo_jax, objective {objective['name']}"
-      f" (beta {objective.get('beta')}).")
+  card = "Fine-tuned on demonstrations with mcpo_jax."
+  if last == "preference":
+    card = (f"Aligned with mcpo_jax, objective {objective['name']}"
+            f" (beta {objective.get('beta')}).")
+  hf.save_params(out, params, config, tokenizer_dir=run.workdir / "tokenizer",
+                 stop_ids=run.tokenizer.stop_ids, card=card)
   return {"export/path": str(out), "export/sha256": hf.params_sha256(params)}

@@ -66,7 +66,7 @@ def test_top_p_one_leaves_the_tail_in():
 
 
 def test_frequencies_match_the_law():
-  rows, logits = 20_000, jnp.array([[0.0, 1.0, -1.0, 2.0, -jnp.inf, 0.5]])
+  rows, logits = 8_000, jnp.array([[0.0, 1.0, -1.0, 2.0, -jnp.inf, 0.5]])
   for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.8)):
     weights = law(logits, temperature, top_p)
     drawn = sampling.draw(
@@ -84,8 +84,8 @@ def test_a_token_without_weight_is_never_drawn():
   # The float32 cumulative sum of such a law ends below 1.
   size = 20_000
   logits = jnp.where(jnp.arange(size)[None] < size - 100, 0.0, -jnp.inf)
-  weights = jnp.repeat(law(logits), 300, 0)
-  drawn = sampling.draw(keys(1, 300), weights, position=0)
+  weights = jnp.repeat(law(logits), 100, 0)
+  drawn = sampling.draw(keys(1, 100), weights, position=0)
   assert drawn.max() < size - 100
 
 

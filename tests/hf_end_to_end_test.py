@@ -1,4 +1,4 @@
-"""A Hugging Face folder in, 20 updates, a folder that transformers loads out."""
+"""A Hugging Face folder in, 20 updates, a folder transformers loads out."""
 
 import numpy as np
 import pytest

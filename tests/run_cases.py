@@ -19,7 +19,7 @@ TINY = [
     "--config.model.intermediate_size=24",
     "--config.data.max_prompt_length=48",
     "--config.data.max_completion_length=24",
-    "--config.data.stream_length=96", "--config.data.num_streams=3",
+    "--config.data.stream_length=96", "--config.data.num_streams=1",
     "--config.sft.num_steps=5", "--config.sft.batch_size=7",
     "--config.generation.num_samples=2",
     "--config.evaluation.every_steps=4", "--config.checkpoint.every_steps=2",

@@ -82,8 +82,9 @@ def test_loss_of_equal_policy_and_reference_is_log_of_one_plus_negatives():
       [cases.candidate_set(rng, i + 1, 4) for i in range(3)], 8)
   functions = loop.make_functions(stage, model)
   state = functions.init(cases.init(model))
-  anchor = loop.score_pool(model, functions, state.params, batch,
-                           model.put_replicated(batch.meta))
+  anchor = loop.score_chunks(
+      model, functions, state.params, batch, model.put_replicated(batch.meta),
+      model.pack_all(batch))
   _, metrics = loop.run_step(stage, model, functions, state, batch,
                              lambda b: np.asarray(anchor))
   np.testing.assert_allclose(metrics["loss"], np.log(3), rtol=1e-5)
@@ -163,7 +164,8 @@ def test_a_non_finite_batch_stops_and_leaves_the_weights():
     anchor[1, 0] = np.nan
     return anchor
 
-  state, metrics = loop.run_step(stage, model, functions, state, batch, poisoned)
+  state, metrics = loop.run_step(
+      stage, model, functions, state, batch, poisoned)
   with pytest.raises(errors.NonFiniteError) as caught:
     loop.check_finite(jax.device_get(metrics), batch, 0)
   assert caught.value.slug == "train.non_finite"

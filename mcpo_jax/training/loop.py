@@ -49,6 +49,11 @@ class Model(NamedTuple):
         sets, slots, order, num_streams=self.num_streams,
         stream_length=self.stream_length, pad_id=self.pad_id)
 
+  def pack_all(self, batch: batch_lib.HostBatch) -> list[types.Streams]:
+    """Chunks with every candidate of a batch."""
+    everything = [list(range(len(o))) for o in batch.order]
+    return self.pack(batch.sets, everything, batch.order)
+
   def put(self, streams: types.Streams) -> types.Streams:
     """A chunk on the devices, streams split over data and fsdp."""
     return sharding.put_global(streams, sharding.batch_sharding(self.mesh))
@@ -165,8 +170,9 @@ def run_step(
   sets = model.put_replicated(batch.meta)
   logps = model.no_logps(batch)
   scored = stage.scores_pool and stage.refresh == 1
+  pool = model.pack_all(batch) if scored else []
   if scored:
-    logps = score_pool(model, functions, state.params, batch, sets)
+    logps = score_chunks(model, functions, state.params, batch, sets, pool)
   if stage.refresh == 1:
     drawn, sets, info = functions.draw(stage.seed, logps, sets)
   else:
@@ -183,24 +189,25 @@ def run_step(
       stage.entry.separable or len(chunks) == 1):
     total = functions.zeros(
         state.params, logps, sets, drawn, objective_state)
-    for chunk, here in zip(chunks, present):
+    for i, (chunk, here) in enumerate(zip(chunks, present)):
+      faults.point("step.accumulate" if i else "step.first_chunk")
       total, objective_state = functions.from_loss(
           state.params, total, model.put(chunk), sets, drawn,
           objective_state, here)
-      faults.point("step.accumulate")
   else:
     if not scored:
-      for chunk in chunks:
-        logps += functions.score(state.params, model.put(chunk), sets)
+      logps = score_chunks(model, functions, state.params, batch, sets, chunks)
     cotangent, total, objective_state = functions.cotangents(
         state.params, logps, sets, drawn, objective_state)
-    for chunk in chunks:
+    for i, chunk in enumerate(chunks):
+      faults.point("step.accumulate" if i else "step.first_chunk")
       total = functions.from_cotangents(
           state.params, total, model.put(chunk), cotangent)
-      faults.point("step.accumulate")
   state, metrics = functions.update(
       state, total, sets, drawn, objective_state)
-  return state, metrics | info
+  used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
+  return state, metrics | info | {
+      "tokens": used, "perf/pad_fraction": packing.pad_fraction(pool + chunks)}
 
 
 def draw_window(
@@ -219,23 +226,24 @@ def draw_window(
                   disable=not sys.stderr.isatty()):
     batch = with_anchors(make_batch(step + row), reference_logps)
     sets = model.put_replicated(batch.meta)
-    logps = score_pool(model, functions, state.params, batch, sets)
+    logps = score_chunks(model, functions, state.params, batch, sets,
+                         model.pack_all(batch))
     draws = functions.keep(
         draws, row, *functions.draw(stage.seed, logps, sets))
   return state._replace(draws=draws)
 
 
-def score_pool(
+def score_chunks(
     model: Model,
     functions: step_lib.StepFunctions,
     params: types.Params,
     batch: batch_lib.HostBatch,
     sets: types.SetBatch,
+    chunks: list[types.Streams],
 ) -> jax.Array:
-  """[B, K] log-probs of all candidates of a batch, without gradient."""
+  """[B, K] log-probs of what stands in the chunks, without gradient."""
   logps = model.no_logps(batch)
-  everything = [list(range(len(o))) for o in batch.order]
-  for chunk in model.pack(batch.sets, everything, batch.order):
+  for chunk in chunks:
     logps += functions.score(params, model.put(chunk), sets)
   return logps
 
@@ -263,6 +271,7 @@ class HeldOut(NamedTuple):
   ref_logps: np.ndarray  # [N, K] nats, 0 without a reference
   role: np.ndarray  # [N, K]
   scores: np.ndarray  # [N, K]
+  lengths: np.ndarray  # [N, K] scored tokens
 
 
 def score_held_out(
@@ -278,16 +287,21 @@ def score_held_out(
   for batch in held:
     batch = with_anchors(batch, reference_logps)
     sets = model.put_replicated(batch.meta)
-    logps = score_pool(model, functions, state.params, batch, sets)
+    logps = score_chunks(model, functions, state.params, batch, sets,
+                         model.pack_all(batch))
     drawn, sets, _ = functions.draw(stage.seed, logps, sets)
     loss, _ = functions.evaluate(logps, sets, drawn, state.objective_state)
     seen = batch.meta.candidate_mask[:, 0]
     losses.append(np.asarray(loss)[seen])
     ref = batch.meta.anchors.get("ref", np.zeros_like(batch.meta.scores))
     rows.append(tuple(x[seen] for x in (
-        np.asarray(logps), ref, batch.meta.role, batch.meta.scores)))
-  return HeldOut(float(np.mean(np.concatenate(losses))),
-                 *map(np.concatenate, zip(*rows)))
+        np.asarray(logps), ref, batch.meta.role, batch.meta.scores,
+        batch.meta.lengths)))
+  held_out = HeldOut(0.0, *map(np.concatenate, zip(*rows)))
+  count = len(held_out.role)
+  if stage.entry.reduce == "tokens":
+    count = held_out.lengths[:, 0].sum()
+  return held_out._replace(loss=float(np.concatenate(losses).sum() / count))
 
 
 def with_anchors(
@@ -394,39 +408,53 @@ def train(
       keys is refused.
     reference_logps: HostBatch -> [B, K] anchors, if the objective or the
       kernel reads them.
-    evaluate: metrics on held-out data; "eval/loss" decides what is best.
+    evaluate: metrics on held-out data; the highest "eval/accuracy" is best.
     expect_start: the first weights are the reference's, so that
       `check_softmax_start` must pass.
 
   Returns:
-    the weights (the best if `when.keep_best`) and the updates done.
+    the weights, the best if `when.keep_best`, and the updates behind them.
 
   Raises:
     NonFiniteError, CheckpointError.
   """
-  # --- Restore ---------------------------------------------------------------
   functions = make_functions(stage, model)
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
+  try:
+    return _train(stage, model, make_batch, start, folder, writer, when,
+                  functions, keeper, meta, reference_logps, evaluate,
+                  expect_start)
+  finally:
+    keeper.close()  # also commits a save that was under way at an error
+
+
+def _train(
+    stage, model, make_batch, start, folder, writer, when, functions, keeper,
+    meta, reference_logps, evaluate, expect_start,
+) -> tuple[types.Params, int]:
+  """The body of `train`."""
+  # --- Restore ---------------------------------------------------------------
   restored = keeper.restore_latest(functions.state_shapes)
-  best = {"loss": float("inf"), "step": 0, "waited": 0}
+  best = {"accuracy": -1.0, "step": 0, "waited": 0}
+  step = 0
   if restored is None:
     state = functions.init(start())
-    step = 0
+    writer.rewind(stage.name, -1)
   else:
     state, saved = restored
     step, best = saved["step"], saved["best"]
     check_same_run(saved, meta, folder)
     logging.info("%s resumes at step %d", stage.name, step)
-  writer.rewind(stage.name, step)
+    writer.rewind(stage.name, step)
   keeper.protect(best["step"] if when.keep_best else None)
+  if step == 0 and evaluate is not None:
+    writer.write(stage.name, 0, evaluate(functions, state))
 
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
              unit="step", disable=not sys.stderr.isatty())
   clock, tokens = time.perf_counter(), 0
   stop = step >= stage.num_steps or _patience_over(best, when)
-  if step == 0 and evaluate is not None:
-    writer.write(stage.name, 0, evaluate(functions, state))
   while not stop:
     batch = make_batch(step)
     faults.point("step.before")
@@ -436,19 +464,19 @@ def train(
     state, metrics = run_step(stage, model, functions, state, batch,
                               reference_logps)
     metrics = jax.device_get(metrics)
+    keeper.poll()
     check_finite(metrics, batch, step)
     if step == 0 and expect_start:
       check_softmax_start(
           float(metrics["loss"]), stage, batch, model.compute_dtype)
     step += 1
-    tokens += int(batch.meta.lengths.sum())
+    tokens += int(metrics.pop("tokens"))
     faults.point("step.after")
 
     if step % when.log_every == 0 or step == stage.num_steps or step == 1:
-      elapsed = time.perf_counter() - clock
       row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
       del row["finite"]
-      row["perf/completion_tokens_per_sec"] = tokens / elapsed
+      row["perf/tokens_per_sec"] = tokens / (time.perf_counter() - clock)
       row["epoch"] = float(batch.meta.visit.max())
       writer.write(stage.name, step, row)
       if bar.disable:
@@ -465,22 +493,21 @@ def train(
       writer.write(stage.name, step, values)
       logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
                    metrics_lib.one_line(values))
-      better = values["eval/loss"] < best["loss"]
-      best = ({"loss": values["eval/loss"], "step": step, "waited": 0}
+      better = values["eval/accuracy"] > best["accuracy"]
+      best = ({"accuracy": values["eval/accuracy"], "step": step, "waited": 0}
               if better else best | {"waited": best["waited"] + 1})
       clock, tokens = time.perf_counter(), 0
     stop = last or _patience_over(best, when)
-    keeper.poll()
     if step % when.save_every == 0 or stop or (better and when.keep_best):
       keeper.save(step, state, meta | {"best": best})
       keeper.protect(best["step"] if when.keep_best else None)
   bar.close()
-  keeper.close()
 
   # --- Result ----------------------------------------------------------------
   if when.keep_best and 0 < best["step"] != step:
-    logging.info("%s: step %d evaluated best", stage.name, best["step"])
-    state = keeper.restore(best["step"], functions.state_shapes)
+    step = best["step"]
+    logging.info("%s: step %d evaluated best", stage.name, step)
+    state = keeper.restore(step, functions.state_shapes)
   return state.params, step
 
 
@@ -502,7 +529,8 @@ def check_same_run(
       raise errors.DataError(
           "data.changed_since_checkpoint", "the training data is not what the "
           "checkpoint was trained on", where=str(folder), got=value,
-          want=saved.get(key), hint="restore the file, or use a fresh --workdir")
+          want=saved.get(key),
+          hint="restore the file, or use a fresh --workdir")
     if saved.get(key) != value:
       raise errors.CheckpointError(
           "ckpt.run_id", f"the checkpoint belongs to another {key}",

@@ -3,12 +3,15 @@
 A sink that fails is dropped with one warning; training goes on.
 """
 
+import hashlib
 import json
 import math
 import pathlib
 from typing import Any
 
 from absl import logging
+
+from mcpo_jax import commit
 
 
 def one_line(values: dict[str, Any]) -> str:
@@ -49,7 +52,7 @@ class Writer:
         continue
       if row["stage"] != stage or row["step"] <= step:
         kept.append(line + "\n")
-    self.path.write_text("".join(kept))
+    commit.write_file(self.path, "".join(kept))
 
   def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
     """One row. Not-a-number becomes null, which JSON can hold."""
@@ -86,8 +89,9 @@ def _tensorboard_sink(workdir: pathlib.Path):
 def _wandb_sink(workdir: pathlib.Path):
   import wandb
 
+  identity = hashlib.sha256(str(workdir.resolve()).encode()).hexdigest()[:16]
   run = wandb.init(project="mcpo_jax", name=workdir.name, dir=str(workdir),
-                   resume="allow")
+                   id=identity, resume="allow")  # a restart goes on in its run
 
   def write(stage, step, values):
     run.log({f"{stage}/{k}": v for k, v in values.items()}

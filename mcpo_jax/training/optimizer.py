@@ -47,7 +47,7 @@ def make_optimizer(
     eps: float,
     max_grad_norm: float,
 ) -> optax.GradientTransformation:
-  """Clip by global norm, then adamw, sgd (momentum b1), rmsprop or adafactor."""
+  """Clip by global norm; adamw, sgd (momentum b1), rmsprop or adafactor."""
   if name == "adamw":
     rule = optax.adamw(schedule, b1=b1, b2=b2, eps=eps,
                        weight_decay=weight_decay, mask=decay_mask)

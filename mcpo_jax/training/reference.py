@@ -162,7 +162,8 @@ def check_start(
   if not gap <= tolerance:
     raise errors.CheckpointError(
         "ckpt.reference_gate", "policy and reference are the same weights, but "
-        "their log-probs differ", where=f"prompt_id {batch.sets[int(np.argmax(gaps))].prompt_id}",
+        "their log-probs differ",
+        where=f"prompt_id {batch.sets[int(np.argmax(gaps))].prompt_id}",
         got=gap, want=f"<= {tolerance} nats a token",
         hint="the reference cache belongs to another code or hardware; delete "
         "it to fill it anew")

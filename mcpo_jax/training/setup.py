@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 
 from mcpo_jax import commit, errors, settings, sharding, types
-from mcpo_jax.data import files, records
+from mcpo_jax.data import batches, files, records
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import config as config_lib
@@ -25,7 +26,12 @@ from mcpo_jax.models import decoder, hf
 from mcpo_jax.training import loop
 
 # What may differ between two launches into the same workdir.
-_FREE = ("cache_dir", "log.", "checkpoint.", "stages")
+_FREE = re.compile(
+    r"(cache_dir|stages|log\..*|export\..*|checkpoint\.(every_steps|keep))$")
+
+# Part of every content key in the cache: raise it when the same input would
+# give other weights or log-probs than before.
+CACHE_VERSION = 1
 
 
 class Run(NamedTuple):
@@ -41,7 +47,7 @@ class Run(NamedTuple):
 
 def digest(value: Any) -> str:
   """Short content key of a JSON value."""
-  text = json.dumps(value, sort_keys=True, default=str)
+  text = json.dumps([CACHE_VERSION, value], sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
@@ -67,14 +73,31 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
         want=f"a multiple of data x fsdp = {parts}")
   model_dir = None
   if config["model"]["path"]:
-    model_dir = hf.resolve_model(
-        config["model"]["path"], config["model"]["revision"])
+    model_dir = resolve_once(
+        workdir, config["model"]["path"], config["model"]["revision"])
   store_config(config, workdir)
   return Run(config, workdir, cache, mesh, model_dir,
              open_tokenizer(config, workdir, model_dir))
 
 
-_locks = []  # open files; a lock ends with its process
+def resolve_once(
+    workdir: pathlib.Path, path: str, revision: str | None
+) -> pathlib.Path:
+  """The folder of a model; of a hub name always the commit of the first time.
+
+  The commit stands in <workdir>/revisions.json, so that a restart takes the
+  same weights though the branch has moved.
+  """
+  stored = workdir / "revisions.json"
+  commits = json.loads(stored.read_text()) if stored.exists() else {}
+  name = f"{path}@{revision or 'main'}"
+  folder = hf.resolve_model(path, commits.get(name, revision))
+  if not pathlib.Path(path).expanduser().is_dir() and name not in commits:
+    commit.write_file(stored, json.dumps(commits | {name: folder.name}))
+  return folder
+
+
+_locks: dict[pathlib.Path, Any] = {}  # open files; a lock ends with its process
 
 
 def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -84,23 +107,12 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
     CheckpointError: ckpt.locked, ResourceError: ckpt.path,
     ConfigError: config.other_run with the difference, config.version.
   """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    lock = open(workdir / ".lock", "a+")
-  except OSError as e:
-    raise errors.ResourceError("ckpt.path", str(e), where=str(workdir)) from e
-  try:
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
-    lock.seek(0)
-    raise errors.CheckpointError(
-        "ckpt.locked", "another process writes to this workdir",
-        where=str(workdir), got=lock.read().strip()) from None
-  lock.truncate(0)
-  now = datetime.datetime.now().isoformat(" ", "seconds")
-  lock.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-  lock.flush()
-  _locks.append(lock)
+  if "://" in str(workdir) or ":/" in str(workdir):
+    raise errors.ResourceError(
+        "ckpt.path", "object stores are not supported as a workdir",
+        where=str(workdir), want="a folder", hint="mount the bucket")
+  if workdir.resolve() not in _locks:
+    lock(workdir)
 
   path = workdir / "config.json"
   if path.exists():
@@ -108,12 +120,37 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
     new = settings.flatten(json.loads(json.dumps(config)))
     changed = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}"
                for k in sorted(old.keys() | new.keys())
-               if old.get(k) != new.get(k) and not k.startswith(_FREE)]
+               if old.get(k) != new.get(k) and not _FREE.match(k)]
     if changed:
       raise errors.ConfigError(
           "config.other_run", "the workdir holds a run of another config",
           where=str(path), got="; ".join(changed[:20]),
           hint="use a fresh --workdir, or the config of that run")
+
+
+def lock(workdir: pathlib.Path) -> None:
+  """Makes this process the only writer of the workdir, until it ends.
+
+  Raises:
+    CheckpointError: ckpt.locked, ResourceError: ckpt.path.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / ".lock", "a+")
+  except OSError as e:
+    raise errors.ResourceError("ckpt.path", str(e), where=str(workdir)) from e
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    file.seek(0)
+    raise errors.CheckpointError(
+        "ckpt.locked", "another process writes to this workdir",
+        where=str(workdir), got=file.read().strip()) from None
+  file.truncate(0)
+  now = datetime.datetime.now().isoformat(" ", "seconds")
+  file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
+  file.flush()
+  _locks[workdir.resolve()] = file
 
 
 def store_config(config: dict[str, Any], workdir: pathlib.Path) -> None:
@@ -177,15 +214,8 @@ def training_texts(config: dict[str, Any]) -> Iterator[str]:
   path, format = (
       (group["data_path"], group["data_format"]) if "sft" in config["stages"]
       else (group["path"], group["format"]))
-  revision = config["data"]["revision"]
   for source, _ in settings.parse_sources(path):
-    for record in records.read_records(
-        source, format=format, revision=revision):
-      for part in (record.prompt, *record.completions):
-        if isinstance(part, str):
-          yield part
-        else:
-          yield from (turn["content"] for turn in part)
+    yield from store_lib.training_texts(source, format)
 
 
 def sources_of(
@@ -210,8 +240,13 @@ def check_sources(config: dict[str, Any]) -> None:
         files.expand(path)
 
 
-def open_store(run: Run, path: str, format: str) -> store_lib.Store:
-  """The tokenised rows of a path's sources, made once and kept in the cache."""
+def open_store(
+    run: Run, path: str, format: str, *, name: str
+) -> store_lib.Store:
+  """The tokenised rows of a path's sources, made once and kept in the cache.
+
+  Bad rows that were set aside are listed in quarantine_<name>.jsonl.
+  """
   data = run.config["data"]
   return store_lib.build_store(
       sources_of(run.config, path, format), run.tokenizer,
@@ -220,15 +255,40 @@ def open_store(run: Run, path: str, format: str) -> store_lib.Store:
       prompt_overlength=data["prompt_overlength"],
       completion_overlength=data["completion_overlength"],
       think=data["think"],
-      quarantine_path=(run.workdir / "quarantine.jsonl"
+      quarantine_path=(run.workdir / f"quarantine_{name}.jsonl"
                        if data["quarantine"] else None),
       max_quarantined_share=data["max_quarantined_share"],
       cache_dir=run.cache / "data")
 
 
 def held_out(data: store_lib.Store, fraction: float) -> np.ndarray:
-  """[N] bool, True on rows held out by a hash of their prompt_id."""
-  return data.example_ids[:, 0] < fraction * 2.0**32
+  """[N] bool, True on rows held out by a hash of their prompt: every file
+  that has the prompt holds it out."""
+  return data.prompt_hashes.astype(np.float64) < fraction * 2.0**64
+
+
+def trained_rows(
+    run: Run, data: store_lib.Store, rows: np.ndarray,
+    eval_store: store_lib.Store | None,
+) -> np.ndarray:
+  """`rows` without the prompts of the held-out data, counted in the log.
+
+  Raises:
+    DataError: data.too_small, none are left.
+  """
+  held = held_out(data, run.config["data"]["eval_fraction"])
+  if eval_store is not None:
+    held |= np.isin(data.prompt_hashes, eval_store.prompt_hashes)
+  left = rows[~held[rows]]
+  if len(left) < len(rows):
+    logging.info("%d rows of held-out prompts are not trained on",
+                 len(rows) - len(left))
+  if not len(left):
+    raise errors.DataError(
+        "data.too_small", "no row is left to train on", where="data", got=0,
+        want="at least 1", hint="rows without contrast and rows of held-out "
+        "prompts do not count")
+  return left
 
 
 def open_model(
@@ -264,6 +324,11 @@ def open_model(
         "eos_token_id": list(run.tokenizer.stop_ids),
         "pad_token_id": run.tokenizer.pad_id,
     })
+  if run.tokenizer.vocab_size > config.vocab_size:
+    raise errors.ModelDirError(
+        "hf.vocab", "the tokenizer has more ids than the model has embeddings",
+        where=str(start_dir), got=run.tokenizer.vocab_size,
+        want=f"<= {config.vocab_size}")
   data = run.config["data"]
   needed = data["max_prompt_length"] + data["max_completion_length"]
   if needed > config.max_positions:
@@ -315,6 +380,7 @@ def stage_of(
             "num_negatives": 1, "include_preferred": False},
         group["optimizer"], group["num_steps"], group["batch_size"],
         config["seed"])
+  batches.plan(num_examples, batch_size=config["batch_size"])
   objective = dict(config["objective"])
   num_steps = config["num_steps"] or math.ceil(
       num_examples * config["num_epochs"] / config["batch_size"])
