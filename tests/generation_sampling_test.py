@@ -10,9 +10,13 @@ from mcpo_jax.generation import sampling
 
 LOGITS = jnp.array([[1.0, 3.0, -2.0, 2.5], [0.0, 0.0, 4.0, -jnp.inf]])
 
+compiled_law = jax.jit(sampling.behaviour_logps)
+draw = jax.jit(sampling.draw)
+row_keys = jax.jit(sampling.row_keys)
+
 
 def law(logits, temperature=1.0, top_p=1.0):
-  return sampling.behaviour_logps(
+  return compiled_law(
       logits, temperature=jnp.float32(temperature), top_p=jnp.float32(top_p)
   )
 
@@ -20,7 +24,7 @@ def law(logits, temperature=1.0, top_p=1.0):
 def keys(seed, rows, sample_index=None):
   ids = np.arange(2 * rows, dtype=np.uint32).reshape(rows, 2)
   index = np.zeros(rows, np.int32) if sample_index is None else sample_index
-  return sampling.row_keys(jax.random.key(seed), ids, index)
+  return row_keys(jax.random.key(seed), ids, index)
 
 
 def test_temperature_divides_the_logits():
@@ -69,7 +73,7 @@ def test_frequencies_match_the_law():
   rows, logits = 8_000, jnp.array([[0.0, 1.0, -1.0, 2.0, -jnp.inf, 0.5]])
   for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (1.0, 0.8)):
     weights = law(logits, temperature, top_p)
-    drawn = sampling.draw(
+    drawn = draw(
         keys(0, rows), jnp.repeat(weights, rows, 0), position=3
     )
     counts = np.bincount(drawn, minlength=6)
@@ -85,20 +89,20 @@ def test_a_token_without_weight_is_never_drawn():
   size = 20_000
   logits = jnp.where(jnp.arange(size)[None] < size - 100, 0.0, -jnp.inf)
   weights = jnp.repeat(law(logits), 100, 0)
-  drawn = sampling.draw(keys(1, 100), weights, position=0)
+  drawn = draw(keys(1, 100), weights, position=0)
   assert drawn.max() < size - 100
 
 
 def test_a_draw_depends_on_its_own_address_alone():
   rows, vocab = 5, 1000
   weights = jnp.zeros((rows, vocab))
-  together = sampling.draw(keys(0, rows), weights, position=2)
-  alone = sampling.draw(keys(0, rows)[3:4], weights[:1], position=2)
+  together = draw(keys(0, rows), weights, position=2)
+  alone = draw(keys(0, rows)[3:4], weights[:1], position=2)
   assert together[3] == alone[0]
   others = [
-      sampling.draw(keys(1, rows), weights, position=2),
-      sampling.draw(keys(0, rows), weights, position=3),
-      sampling.draw(keys(0, rows, np.ones(5, np.int32)), weights, position=2),
+      draw(keys(1, rows), weights, position=2),
+      draw(keys(0, rows), weights, position=3),
+      draw(keys(0, rows, np.ones(5, np.int32)), weights, position=2),
   ]
   for other in others:
     assert (other != together).sum() >= 4
@@ -108,8 +112,8 @@ def test_a_draw_depends_on_its_own_address_alone():
 def test_both_words_of_the_prompt_id_count():
   weights = jnp.zeros((3, 1000))
   ids = np.array([[1, 2], [2, 1], [1, 3]], np.uint32)
-  drawn = sampling.draw(
-      sampling.row_keys(jax.random.key(0), ids, np.zeros(3, np.int32)),
+  drawn = draw(
+      row_keys(jax.random.key(0), ids, np.zeros(3, np.int32)),
       weights, position=0,
   )
   assert len(set(drawn.tolist())) == 3
