@@ -8,7 +8,7 @@ Data: berkeley-nest/Nectar on the Hugging Face hub.
 Hardware: 8 devices of 80 GB. Command:
 
   python -m mcpo_jax train --config=configs/llama3_8b_nectar_dpo.py \
-      --workdir=gs://BUCKET/llama3_8b_nectar_dpo
+      --workdir=runs/llama3_8b_nectar_dpo
 """
 
 import ml_collections

@@ -7,10 +7,10 @@ has been reported yet.
 
 Data: berkeley-nest/Nectar on the Hugging Face hub, about 183,000 prompts.
 Hardware: 8 devices of 80 GB (weights, gradients and AdamW moments in float32
-are 128 GB, sharded over all of them). Command, the same on every host:
+are 128 GB, sharded over all of them). Command, on one host:
 
   python -m mcpo_jax train --config=configs/llama3_8b_nectar_mcpo.py \
-      --workdir=gs://BUCKET/llama3_8b_nectar_mcpo
+      --workdir=runs/llama3_8b_nectar_mcpo
 """
 
 import ml_collections

@@ -8,7 +8,7 @@ Data: openbmb/UltraFeedback on the Hugging Face hub.
 Hardware: 8 devices of 80 GB. Command:
 
   python -m mcpo_jax train --config=configs/mistral_7b_ultrafeedback_dpo.py \
-      --workdir=gs://BUCKET/mistral_7b_ultrafeedback_dpo
+      --workdir=runs/mistral_7b_ultrafeedback_dpo
 """
 
 import ml_collections

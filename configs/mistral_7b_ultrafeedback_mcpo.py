@@ -5,10 +5,10 @@ Reproduces: the Mistral-Base setting that is common in preference optimization
 instead of one pair. No run of this config has been reported yet.
 
 Data: openbmb/UltraFeedback on the Hugging Face hub, about 64,000 prompts.
-Hardware: 8 devices of 80 GB. Command, the same on every host:
+Hardware: 8 devices of 80 GB. Command, on one host:
 
   python -m mcpo_jax train --config=configs/mistral_7b_ultrafeedback_mcpo.py \
-      --workdir=gs://BUCKET/mistral_7b_ultrafeedback_mcpo
+      --workdir=runs/mistral_7b_ultrafeedback_mcpo
 """
 
 import ml_collections

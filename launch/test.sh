@@ -8,4 +8,4 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash launch/setup.sh test
-exec "${MCPO_VENV:-.venv}/bin/python" -m pytest "$@"
+exec "${MCPO_VENV:-.venv}/bin/python" -m pytest -n auto "$@"

@@ -223,14 +223,17 @@ def _config_file(*lines: str, beside: str | None = None):
   return make
 
 
+_held = []  # locks of a run that is still at work
+
+
 def _claimed(*overrides: str, release: bool, **changes: Any):
   """A workdir that a run has, or had; changes to its config.json."""
   def make(folder):
     config, workdir = _resolved(folder), folder / "run"
     setup.claim(config, workdir)
     setup.store_config(config, workdir)
-    if release:
-      setup._locks.pop().close()
+    file = setup._locks.pop(workdir.resolve())
+    file.close() if release else _held.append(file)
     path = workdir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return lambda: setup.claim(_resolved(folder, *overrides), workdir)

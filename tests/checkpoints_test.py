@@ -64,6 +64,7 @@ def test_a_step_without_manifest_is_no_step(tmp_path):
 def test_an_uncommitted_step_is_written_again(tmp_path):
   save_some(tmp_path)
   (tmp_path / "3" / commit.MANIFEST).unlink()
+  assert restore(tmp_path)[1]["step"] == 2
   save_some(tmp_path, steps=(3,))
   assert restore(tmp_path)[1]["step"] == 3
 
@@ -89,3 +90,20 @@ def test_when_no_step_verifies_it_says_so(tmp_path):
   with pytest.raises(errors.CheckpointError) as caught:
     restore(tmp_path)
   assert caught.value.slug == "ckpt.none_complete"
+
+
+def test_a_step_below_a_damaged_one_can_be_saved(tmp_path):
+  save_some(tmp_path, steps=(2, 4))
+  flip(tmp_path / "4")
+  assert restore(tmp_path)[1]["step"] == 2
+  save_some(tmp_path, steps=(3,))
+  assert restore(tmp_path)[1]["step"] == 3
+
+
+def test_the_best_step_is_verified_before_it_is_used(tmp_path):
+  save_some(tmp_path, steps=(1, 2))
+  flip(tmp_path / "1")
+  keeper = checkpoints.Checkpointer(tmp_path, keep=2)
+  with pytest.raises(errors.CheckpointError):
+    keeper.restore(1, shapes())
+  keeper.close()

@@ -1,5 +1,6 @@
 """Killed runs: the same line again ends with the weights of an unbroken run."""
 
+import re
 import shutil
 
 import pytest
@@ -25,7 +26,7 @@ def rows(folder, stage):
 @pytest.mark.parametrize("fault", [
     "step.after@3",        # in sft, right after the first save began
     "step.accumulate@9",   # in the preference stage, inside an accumulation
-    "step.before@11",      # between two saves
+    "step.before@13",      # between two saves: 4 is committed, 7 are done
 ])
 def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
   folder, flags = unbroken
@@ -42,8 +43,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
     whole = rows(folder / "run", stage)
     assert rows(tmp_path / "run", stage) == whole
     assert list(whole) == sorted(whole)
-  if fault == "step.before@11":  # step 5 ran before, and again
-    assert 5 in before and "resumes at step 4" in again.stderr
+  if fault == "step.before@13":  # step 7 ran before, and again
+    assert 7 in before
+    assert re.search("preference resumes at step [46]", again.stderr)
 
 
 def test_a_finished_run_does_nothing_again(unbroken):
@@ -82,7 +84,7 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
   data = tmp_path / "data"
   flags = run_cases.write_data(data)
   killed = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags,
-                         MCPO_FAULT="step.before@11")
+                         MCPO_FAULT="step.before@13")
   assert killed.returncode == -9
   text = (data / "kwise.jsonl").read_text()
   (data / "kwise.jsonl").write_text(text.replace("the cup", "a cup"))
@@ -94,18 +96,22 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(unbroken, tmp_path):
   folder, flags = unbroken
   killed = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags,
-                         MCPO_FAULT="step.before@11")
+                         MCPO_FAULT="step.before@13")
   assert killed.returncode == -9
-  step = tmp_path / "run" / "preference" / "checkpoints" / "4"
-  largest = max((p for p in step.rglob("*") if p.is_file()),
+  checkpoints = tmp_path / "run" / "preference" / "checkpoints"
+  committed = sorted(int(p.parent.name)
+                     for p in checkpoints.glob("*/manifest.json"))
+  newest = checkpoints / str(committed[-1])
+  largest = max((p for p in newest.rglob("*")
+                 if p.is_file() and p.name != "manifest.json"),
                 key=lambda p: p.stat().st_size)
   content = bytearray(largest.read_bytes())
   content[len(content) // 2] ^= 4
   largest.write_bytes(content)
   again = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags)
   assert again.returncode == 0, again.stderr[-3000:]
-  assert "checkpoint 4 skipped" in again.stderr
-  assert "resumes at step 2" in again.stderr
+  assert f"checkpoint {committed[-1]} skipped" in again.stderr
+  assert f"resumes at step {committed[-2]}" in again.stderr
   assert (run_cases.summary(tmp_path / "run")["params/sha256"]
           == run_cases.summary(folder / "run")["params/sha256"])
   shutil.rmtree(tmp_path)

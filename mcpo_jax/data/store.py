@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -506,7 +507,7 @@ def build_store(
   parts = [
       VERSION, [_source_digest(p, r) for p, _, _, r in sources],
       [(f, w) for _, f, w, _ in sources], tokenizer.key, limits, vocab_size,
-      quarantine,
+      quarantine and max_quarantined_share,
   ]
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
   folder = pathlib.Path(cache_dir) / f"store-{key[:32]}"
@@ -518,6 +519,7 @@ def build_store(
       meta["report"] = _build(temporary, sources, tokenizer, limits,
                               vocab_size, quarantine, max_quarantined_share)
 
+    shutil.rmtree(folder, ignore_errors=True)  # damaged, if there at all
     commit.write_folder(folder, write, meta)
     store = _open(folder, key)
   if quarantine:
