@@ -430,3 +430,15 @@ def test_tools_of_a_record_reach_the_template(folders):
   tool = {"type": "function", "function": {"name": "clock"}}
   encoded = tok.encode_record(record([USER], "Yes", tools=[tool]))
   assert text_of(tok, encoded.prompt).startswith("clock <|im_start|>user")
+
+
+def test_a_template_file_is_read_for_a_tokenizer_that_is_trained(tmp_path):
+  file = tmp_path / "own.jinja"
+  file.write_text("{% for m in messages %}<|me|>{{ m.content }}{% endfor %}"
+                  "{{ eos_token }}")
+  folder = tokenizer_lib.train_tokenizer(
+      ["some text to learn from"], vocab_size=280, out_dir=tmp_path / "t",
+      chat_template=str(file))
+  loaded = tokenizer_lib.load_tokenizer(folder)
+  assert loaded.template == file.read_text()
+  assert "<|me|>" in loaded.hf.get_vocab()

@@ -558,11 +558,7 @@ def load_tokenizer(
   template = hf.chat_template if chat_template is None else chat_template
   if isinstance(template, dict):
     template = template.get("default", next(iter(template.values())))
-  if template == NO_TEMPLATE:
-    template = None
-  elif template and "\n" not in template and os.path.isfile(template):
-    template = pathlib.Path(template).read_text()
-  hf.chat_template = template
+  template = hf.chat_template = _template_text(template)
 
   added = hf.added_tokens_decoder.values()
   controls = {str(t) for t in added if t.special or (
@@ -625,6 +621,15 @@ def _end_of_turn(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
   return tokenizer._cut_end(full.rpartition(_PROBE)[2], search_last=False)[2]
 
 
+def _template_text(template: str | None) -> str | None:
+  """A template given as text or as a file; None for "none"."""
+  if template == NO_TEMPLATE:
+    return None
+  if template and "\n" not in template and os.path.isfile(template):
+    return pathlib.Path(template).read_text()
+  return template
+
+
 def train_tokenizer(
     texts: Iterable[str],
     *,
@@ -638,9 +643,9 @@ def train_tokenizer(
     texts: what to learn from.
     vocab_size: at most so many tokens, at least 256 + the control tokens.
     out_dir: folder to write.
-    chat_template: text; None for DEFAULT_CHAT_TEMPLATE, "none" for none. Its
-      turn markers (`<|user|>`, `[INST]`, ...) become control tokens beside
-      BOS, EOS and PAD.
+    chat_template: text or file; None for DEFAULT_CHAT_TEMPLATE, "none" for
+      none. Its turn markers (`<|user|>`, `[INST]`, ...) become control
+      tokens beside BOS, EOS and PAD.
 
   Returns:
     `out_dir`.
@@ -651,9 +656,8 @@ def train_tokenizer(
   import tokenizers
   import transformers
 
-  template = DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template
-  if template == NO_TEMPLATE:
-    template = None
+  template = _template_text(
+      DEFAULT_CHAT_TEMPLATE if chat_template is None else chat_template)
   special = ["<|bos|>", "<|eos|>", "<|pad|>"]
   special += dict.fromkeys(
       m for m in _TURN_MARK.findall(template or "") if m not in special)
