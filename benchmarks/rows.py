@@ -125,6 +125,8 @@ def main() -> None:
   results = {
       name: [json.loads((folder(args, name, s) / "summary.json").read_text())
              for s in seeds] for name in ROWS}
+  for run_of_seed in sum(results.values(), []):
+    run_of_seed.pop("export/path", None)  # a path of this machine
   args.out.write_text(table(args, seeds, results))
   args.out.with_suffix(".json").write_text(json.dumps(results, indent=1))
   print(args.out.read_text())
