@@ -18,7 +18,8 @@ def _optimizer() -> ml_collections.ConfigDict:
   optimizer.learning_rate = 3e-4
   # After the warm-up: "cosine" or "linear" (both down to 0), or "constant".
   optimizer.schedule = "cosine"
-  # Share of the stage's steps in which the learning rate rises from 0.
+  # Share of the stage's steps in which the learning rate rises, in equal
+  # parts: the first of n such steps has 1/n of it.
   optimizer.warmup_ratio = 0.1
   # Decoupled weight decay, on matrices only.
   optimizer.weight_decay = 0.0
@@ -124,8 +125,9 @@ def get_config() -> ml_collections.ConfigDict:
   # None: eval_fraction of path.
   data.eval_path = config_dict.placeholder(str)
   # Without eval_path: share of the prompts of path, and of sft.data_path, that
-  # is held out. A hash of prompt_id decides, so that both files hold out the
-  # same prompts, and no row of a held-out prompt is trained on by any stage.
+  # is held out. A hash of the prompt decides, so that both files hold out the
+  # same prompts, and no stage trains on a row of a held-out prompt (a BPE that
+  # is trained here does see their text).
   data.eval_fraction = 0.0
   # Layout of path: "native", "pairs", "nectar", "ultrafeedback",
   # "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens" or "auto"

@@ -4,7 +4,7 @@ Prompts are meaning representations of the E2E set, completions the sentences
 that people wrote for them and for their neighbours, scores the share of slots
 told right. From scratch: tokenizer, SFT on all references, MC-PO on 8 scored
 candidates per prompt, evaluation on the 15 % of the prompts that are held out,
-export. The references of held-out prompts are left out of SFT by prompt_id.
+export. The references of held-out prompts are left out of SFT.
 
 Data: kwise/e2e_slots, sft/e2e_references and verifiable/e2e_slot_patterns of
 the project's data folder, expected beside the checkout; elsewhere, give the
