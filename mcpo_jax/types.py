@@ -64,19 +64,26 @@ class SetBatch(NamedTuple):
   anchors: dict[str, Array]  # name -> [B, K] float32 logps, e.g. "ref"
   example_id: Array  # [B, 2] uint32
   visit: Array  # [B] int32, how often the example was seen before
+  row: Array  # [B] int32, index of the example's own state; -1: it has none
 
 
 class Features(NamedTuple):
   """What a model gives an objective. The gradient flows through all of it."""
 
   logps: Array  # [B, J] float32
+  # name -> [B, J] float32, further sums over a candidate's tokens for the
+  # objectives that ask for them (`registry.Objective.terms`); 0 where masked.
+  terms: dict[str, Array] = {}
 
 
 class KernelState(NamedTuple):
   """What a kernel carries from step to step: where its chains stand."""
 
-  selected: Array  # [B, M] int32, slot of each chain
+  selected: Array  # [B, M] int32, slot of each chain, 0 the preferred's
   selected_mask: Array  # [B, M] bool, False: this chain has no negative
+  # [B, K] int32, how often each slot was drawn at earlier visits, for kernels
+  # that weigh by history; () for all others.
+  history: Array | tuple[()] = ()
 
 
 class KernelInfo(NamedTuple):
@@ -87,6 +94,8 @@ class KernelInfo(NamedTuple):
   entropy: Array  # [B] nats
   max_weight: Array  # [B]
   negative_rank: Array  # [B] mean rank by kernel score of the drawn, 0 = top
+  negative_score_rank: Array  # [B] the same by external score, unknown last
+  argmax_share: Array  # [B] share of the drawn that no other outweighs
   stayed: Array  # [B] share of chains that drew the preferred completion
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
-    {"types", "errors", "commit", "faults", "settings"},
+    {"types", "errors", "commit", "faults", "registry", "settings"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},

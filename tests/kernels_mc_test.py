@@ -69,6 +69,7 @@ def _copies(scores, multiplicity=None, role=None, external=None):
       anchors={},
       example_id=np.stack([ids, ids[::-1]], axis=1),
       visit=np.zeros(NUM, np.int32),
+      row=np.arange(NUM, dtype=np.int32),
   )
   return tile(scores, 0, np.float32), sets
 

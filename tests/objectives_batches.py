@@ -31,6 +31,7 @@ def random_batch(seed, *, num_sets=5, num_slots=4, scale=2.0):
       anchors={"ref": hide(rng.normal(-6.0, scale, shape))},
       example_id=rng.integers(0, 2**32, (num_sets, 2), dtype=np.uint32),
       visit=rng.integers(0, 3, num_sets).astype(np.int32),
+      row=rng.permutation(num_sets).astype(np.int32),
   )
   return logps, sets
 

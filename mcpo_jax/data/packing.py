@@ -94,6 +94,7 @@ def make_set_batch(
     *,
     num_slots: int,
     order: list[list[int]],
+    rows: np.ndarray | None = None,
 ) -> SetBatch:
   """Per-set metadata of one batch.
 
@@ -103,6 +104,7 @@ def make_set_batch(
     num_slots: K, columns of the batch.
     order: for each set the candidate indices that stand in slots 0, 1, ...;
       the preferred first. It may leave candidates out.
+    rows: [B] index of each example's own state; None: it has none.
 
   Returns:
     SetBatch of NumPy arrays [B, K], without anchors.
@@ -135,7 +137,9 @@ def make_set_batch(
       multiplicity=multiplicity, scores=scores, lengths=lengths, anchors={},
       example_id=np.array([s.example_id for s in sets], np.uint32).reshape(
           -1, 2),
-      visit=np.asarray(visits, np.int32))
+      visit=np.asarray(visits, np.int32),
+      row=np.full(len(sets), -1, np.int32) if rows is None else np.asarray(
+          rows, np.int32))
 
 
 class _Group(NamedTuple):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mcpo_jax.kernels import address, weights
 from mcpo_jax.types import Array, KernelInfo, KernelState, SetBatch
 
-STRATEGIES = ("mc", "max", "min", "random", "fixed_worst", "all")
+STRATEGIES = ("mc", "max", "min", "random", "fixed_worst", "all", "pool")
 SCORES = (
     "reward",
     "policy_logp",
@@ -80,7 +80,8 @@ def draw(
       multiplicity; `max` and `min` by score; ties by noise, as in the limit of
       the temperature. `fixed_worst` by lowest external score, unknown scores
       last, ties by lowest candidate id. `all` every negative in slot order,
-      M = K - 1, whatever the settings below say.
+      M = K - 1, whatever the settings below say. `pool` likewise every
+      candidate, ties with the preferred one and the mismatched included.
     temperature: > 0, may be traced.
     num_negatives: M >= 1.
     include_preferred: slot 0 is a candidate too. Drawn, it is masked.
@@ -105,7 +106,7 @@ def draw(
   del state
   if strategy not in STRATEGIES:
     raise ValueError(f"unknown strategy {strategy!r}, one of {STRATEGIES}")
-  if strategy == "all":
+  if strategy in ("all", "pool"):
     num_negatives = sets.role.shape[1] - 1
     include_preferred, replace = False, False
   scores = jax.lax.stop_gradient(jnp.asarray(scores))
@@ -145,12 +146,20 @@ def draw(
   selected = jnp.where(selected_mask, selected, 0).astype(jnp.int32)
 
   num_stayed = jnp.sum(jnp.logical_and(drawn, ~is_negative), axis=1)
-  info = _info(
+  info = kernel_info(
       log_weights,
       candidate,
-      negative_rank=_mean_rank(scores, negative, selected, selected_mask),
+      scores,
+      sets,
+      KernelState(selected, selected_mask),
       stayed=num_stayed / jnp.maximum(num_drawn[:, 0], 1),
   )
+  if strategy == "pool":
+    selected = jnp.broadcast_to(
+        jnp.arange(1, sets.role.shape[1], dtype=jnp.int32), selected.shape
+    )
+    valid = jnp.asarray(sets.candidate_mask)
+    selected_mask = jnp.logical_and(valid[:, 1:], valid[:, :1])
   return KernelState(selected, selected_mask), info
 
 
@@ -164,7 +173,7 @@ def take_drawn(
     sets: [B, K].
     state: [B, M], a draw from `sets`; M may be 0.
     spent: the multiplicity has had its say in the draw and becomes 1; False
-      where everything was taken (`all`).
+      where everything was taken (`all`, `pool`).
 
   Returns:
     values: [B, J].
@@ -198,27 +207,61 @@ def _sort_keys(strategy, scores, log_weights, noise, sets):
   return jnp.zeros_like(scores), jnp.arange(sets.role.shape[1])
 
 
-def _mean_rank(scores, negative, selected, selected_mask):
-  """[B] mean rank of the drawn among the negatives, 0 = highest score."""
-  other, own = scores[:, None, :], scores[:, :, None]
-  above = jnp.where(other > own, 1.0, jnp.where(other == own, 0.5, 0.0))
-  rank = jnp.sum(jnp.where(negative[:, None, :], above, 0.0), axis=2) - 0.5
-  rank = jnp.take_along_axis(rank, selected, axis=1)
-  total = jnp.sum(jnp.where(selected_mask, rank, 0.0), axis=1)
-  return total / jnp.maximum(jnp.sum(selected_mask, axis=1), 1)
+def kernel_info(
+    log_weights: Array,
+    candidate: Array,
+    scores: Array,
+    sets: SetBatch,
+    state: KernelState,
+    *,
+    stayed: Array,
+) -> KernelInfo:
+  """What a kernel call saw, from its normalised log-weights and its draw.
 
+  Args:
+    log_weights: [B, K] nats, -inf outside the candidate set.
+    candidate: [B, K] bool, the candidate set.
+    scores: [B, K] what the kernel weighs by.
+    sets: [B, K]; its `scores` give the rank by external score.
+    state: the draw.
+    stayed: [B].
 
-def _info(log_weights, candidate, *, negative_rank, stayed):
-  """Summaries of the normalised weights, zeros where there are none."""
+  Returns:
+    KernelInfo; zeros where there is nothing to tell.
+  """
   probs = jnp.exp(log_weights)
   finite = jnp.where(candidate, log_weights, 0.0)
   square = jnp.sum(probs**2, axis=1)
   some = jnp.any(candidate, axis=1)
+  negative = weights.negatives(sets)
+  external = jnp.asarray(sets.scores)
+  lowest = -jnp.finfo(external.dtype).max
+  external = jnp.where(jnp.isnan(external), lowest, external)
+  heaviest = jnp.max(
+      jnp.where(negative, log_weights, -jnp.inf), axis=1, keepdims=True
+  )
+  top = jnp.where(log_weights >= heaviest, 1.0, 0.0)
   return KernelInfo(
       log_weights=log_weights,
       ess=jnp.where(some, 1.0 / jnp.where(some, square, 1.0), 0.0),
       entropy=-jnp.sum(probs * finite, axis=1),
       max_weight=jnp.max(probs, axis=1),
-      negative_rank=negative_rank,
+      negative_rank=_mean_of_drawn(_ranks(scores, negative), state),
+      negative_score_rank=_mean_of_drawn(_ranks(external, negative), state),
+      argmax_share=_mean_of_drawn(top, state),
       stayed=stayed,
   )
+
+
+def _ranks(scores, negative):
+  """[B, K] rank among the negatives, 0 = highest score, ties count half."""
+  other, own = scores[:, None, :], scores[:, :, None]
+  above = jnp.where(other > own, 1.0, jnp.where(other == own, 0.5, 0.0))
+  return jnp.sum(jnp.where(negative[:, None, :], above, 0.0), axis=2) - 0.5
+
+
+def _mean_of_drawn(values, state):
+  """[B] mean of values [B, K] over what was drawn, 0 if nothing was."""
+  values = jnp.take_along_axis(values, state.selected, axis=1)
+  total = jnp.sum(jnp.where(state.selected_mask, values, 0.0), axis=1)
+  return total / jnp.maximum(jnp.sum(state.selected_mask, axis=1), 1)

@@ -9,6 +9,10 @@ import jax.numpy as jnp
 
 from mcpo_jax.types import Array, SetBatch
 
+# Candidate id of another prompt's completion that a set carries along (KTO).
+# Its role is 0: it is no negative and no kernel draws it.
+MISMATCHED_ID = 2**32 - 1
+
 
 def negatives(sets: SetBatch) -> jax.Array:
   """[B, K] bool, True on candidates that may be rejected.

@@ -128,13 +128,13 @@ def _pair(features, batch):
   chex.assert_rank(features.logps, 2)
   chex.assert_equal_shape([features.logps, batch.role])
   chex.assert_axis_dimension_gteq(features.logps, 1, 2)
-  sets = {"example_id", "visit"}
+  sets = {"example_id", "visit", "row"}
   cut = lambda x: x[:, :2]
   batch = SetBatch(**{
       name: x if name in sets else jax.tree.map(cut, x)
       for name, x in batch._asdict().items()
   })
-  return Features(logps=cut(features.logps)), batch
+  return jax.tree.map(cut, features), batch
 
 
 def _margins(rewards, batch):
