@@ -5,12 +5,10 @@ Rows without a valid pair have loss 0 and no gradient.
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 
-from mcpo_jax.kernels import weights
-from mcpo_jax.objectives import implicit
+from mcpo_jax.objectives import implicit, pairs
 from mcpo_jax.types import Features, SetBatch
 
 
@@ -43,12 +41,12 @@ def dpo_loss(
   References:
     Rafailov et al. 2023, Eq. 7, https://arxiv.org/abs/2305.18290
   """
-  features, batch = _pair(features, batch)
+  features, batch = pairs.take_pair(features, batch)
   rewards = implicit.implicit_rewards(features, batch, beta=beta)
-  margins = _margins(rewards, batch)
+  margins = pairs.margins(rewards, batch)
   losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
   losses = losses - label_smoothing * jax.nn.log_sigmoid(-margins)
-  return _with_pairs_only(losses, rewards, features, batch, state)
+  return pairs.result(losses, rewards, features, batch, state)
 
 
 def ipo_loss(
@@ -79,12 +77,12 @@ def ipo_loss(
   References:
     Azar et al. 2023, Eq. 17, https://arxiv.org/abs/2310.12036
   """
-  features, batch = _pair(features, batch)
+  features, batch = pairs.take_pair(features, batch)
   ratios = implicit.implicit_rewards(features, batch, beta=1.0)
   if length_average:
     ratios = ratios / jnp.maximum(batch.lengths, 1)
-  losses = (_margins(ratios, batch) - 1.0 / (2.0 * beta)) ** 2
-  return _with_pairs_only(losses, beta * ratios, features, batch, state)
+  losses = (pairs.margins(ratios, batch) - 1.0 / (2.0 * beta)) ** 2
+  return pairs.result(losses, beta * ratios, features, batch, state)
 
 
 def simpo_loss(
@@ -115,35 +113,9 @@ def simpo_loss(
   References:
     Meng et al. 2024, Eq. 6, https://arxiv.org/abs/2405.14734
   """
-  features, batch = _pair(features, batch)
+  features, batch = pairs.take_pair(features, batch)
   logps = implicit.masked(features.logps, batch)
   rewards = beta * logps / jnp.maximum(batch.lengths, 1)
-  margins = _margins(rewards, batch) - beta * gamma_beta_ratio
+  margins = pairs.margins(rewards, batch) - beta * gamma_beta_ratio
   losses = -jax.nn.log_sigmoid(margins)
-  return _with_pairs_only(losses, rewards, features, batch, state)
-
-
-def _pair(features, batch):
-  """Features and batch cut to slots 0 and 1."""
-  chex.assert_rank(features.logps, 2)
-  chex.assert_equal_shape([features.logps, batch.role])
-  chex.assert_axis_dimension_gteq(features.logps, 1, 2)
-  sets = {"example_id", "visit", "row"}
-  cut = lambda x: x[:, :2]
-  batch = SetBatch(**{
-      name: x if name in sets else jax.tree.map(cut, x)
-      for name, x in batch._asdict().items()
-  })
-  return jax.tree.map(cut, features), batch
-
-
-def _margins(rewards, batch):
-  """[B] r_0 - r_1, 0 without gradient where there is no pair."""
-  pair = weights.negatives(batch)[:, 1]
-  return jnp.where(pair, rewards[:, 0] - rewards[:, 1], 0.0)
-
-
-def _with_pairs_only(losses, rewards, features, batch, state):
-  """The return value of a pairwise loss, 0 where there is no pair."""
-  losses = jnp.where(weights.negatives(batch)[:, 1], losses, 0.0)
-  return losses, implicit.preference_aux(rewards, features.logps, batch), state
+  return pairs.result(losses, rewards, features, batch, state)
