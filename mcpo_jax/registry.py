@@ -158,22 +158,25 @@ PAIRWISE = {
         },
     ),
     "nca_pair": _pair(
-        "nca_pair_loss", settings={"beta": _above_zero(0.01)}
+        "nca_pair_loss", "levels", settings={"beta": _above_zero(0.01)}
     ),
     "aot": _pair(
         "aot_loss",
+        "transport",
         settings={"beta": _above_zero(0.01), "label_smoothing": SMOOTHING},
         separable=False,
     ),
     "aot_unpaired": _pair(
         "aot_unpaired_loss",
+        "transport",
         settings={"beta": _above_zero(0.01), "label_smoothing": SMOOTHING},
         separable=False,
     ),
-    "apo_zero": _pair("apo_zero_loss"),
-    "apo_down": _pair("apo_down_loss"),
+    "apo_zero": _pair("apo_zero_loss", "levels"),
+    "apo_down": _pair("apo_down_loss", "levels"),
     "rpo": _pair(
         "rpo_loss",
+        "levels",
         settings={
             "sft_weight": _at_least_zero(1.0),
             "length_average": _FLAG._replace(default=True),
@@ -189,7 +192,9 @@ PAIRWISE = {
         },
         scores=True,
     ),
-    "dpop": _pair("dpop_loss", settings={"penalty": _at_least_zero(50.0)}),
+    "dpop": _pair(
+        "dpop_loss", "levels", settings={"penalty": _at_least_zero(50.0)}
+    ),
     "r_dpo": _pair("r_dpo_loss", settings={"length_weight": Setting(0.05)}),
     "sigmoid_norm": _pair(
         "sigmoid_norm_loss",
@@ -206,7 +211,9 @@ PAIRWISE = {
             "alpha": Setting(0.5, 0.0, 1.0, open_low=True, open_high=True),
         },
     ),
-    "cal_dpo": _pair("cal_dpo_loss", settings={"beta": _above_zero(0.001)}),
+    "cal_dpo": _pair(
+        "cal_dpo_loss", "levels", settings={"beta": _above_zero(0.001)}
+    ),
     "mirror_po": _pair(
         "mirror_po_loss",
         settings={

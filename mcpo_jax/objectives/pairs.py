@@ -10,6 +10,9 @@ from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import implicit
 from mcpo_jax.types import Array, Features, SetBatch
 
+# Exponents of exponential losses are clipped at plus and minus this: past it
+# the exponential is constant, without gradient, and float32 holds it.
+MAX_EXPONENT = 60.0
 _PER_SET = ("example_id", "visit", "row")  # fields of SetBatch without slots
 
 
@@ -37,9 +40,32 @@ def valid(batch: SetBatch) -> jax.Array:
   return weights.negatives(batch)[:, 1]
 
 
+def split(values: Array, batch: SetBatch) -> tuple[jax.Array, jax.Array]:
+  """[B] slot 0 and [B] slot 1, both 0 without gradient without a pair."""
+  values = jnp.where(valid(batch)[:, None], values, 0.0)
+  return values[:, 0], values[:, 1]
+
+
 def margins(values: Array, batch: SetBatch) -> jax.Array:
-  """[B] slot 0 less slot 1 of [B, 2], 0 without gradient without a pair."""
-  return jnp.where(valid(batch), values[:, 0] - values[:, 1], 0.0)
+  """[B] slot 0 less slot 1, 0 without gradient without a pair."""
+  chosen, rejected = split(values, batch)
+  return chosen - rejected
+
+
+def per_token(values: Array, batch: SetBatch) -> jax.Array:
+  """[B, J] values divided by the completions' numbers of tokens."""
+  return values / jnp.maximum(batch.lengths, 1)
+
+
+def logistic(margins: Array, *, label_smoothing: float = 0.0) -> jax.Array:
+  """-(1 - e) log sigmoid(margins) - e log sigmoid(-margins)."""
+  losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)
+  return losses - label_smoothing * jax.nn.log_sigmoid(-margins)
+
+
+def exp(exponents: Array) -> jax.Array:
+  """e to the `exponents`, clipped at `MAX_EXPONENT`."""
+  return jnp.exp(jnp.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT))
 
 
 def result(
