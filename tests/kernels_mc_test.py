@@ -22,6 +22,7 @@ SETTINGS = {
 }
 
 
+DRAWS = [name for name in mc.STRATEGIES if name != "pool"]  # pool takes all
 NUM = 4000  # rows of every batch here: one shape, few compilations
 
 
@@ -162,7 +163,7 @@ def test_masked_and_roleless_are_never_drawn():
   role = sets.role.copy()
   role[:, 2] = 0
   sets = sets._replace(candidate_mask=mask, role=role)
-  for strategy in mc.STRATEGIES:
+  for strategy in DRAWS:
     state, _ = _draw(scores, sets, strategy=strategy, num_negatives=4)
     assert set(state.selected[state.selected_mask]) == {1, 3}
     np.testing.assert_array_equal(state.selected_mask.sum(1), 2)
@@ -246,6 +247,30 @@ def test_all_returns_every_negative_in_slot_order():
   np.testing.assert_array_equal(info.stayed, 0)
 
 
+def test_pool_takes_every_candidate_in_its_slot_ties_included():
+  scores, sets = _copies([0.0, 3.0, 1.0, 2.0, 5.0], role=[1, -1, 0, -1, -1])
+  mask = sets.candidate_mask.copy()
+  mask[:, 3] = False
+  mask[1, 0] = False  # no set
+  role = sets.role.copy()
+  role[2, 1:] = 0  # all tied: no negative, and still a pool
+  sets = sets._replace(candidate_mask=mask, role=role)
+  state, info = _draw(
+      scores, sets, strategy="pool", include_preferred=True, replace=True
+  )
+  np.testing.assert_array_equal(state.selected, [[1, 2, 3, 4]] * NUM)
+  np.testing.assert_array_equal(state.selected_mask[0], mask[0, 1:])
+  np.testing.assert_array_equal(state.selected_mask[2], mask[2, 1:])
+  assert not state.selected_mask[1].any()
+  # What the log shows is about the negatives, slots 1 and 4.
+  np.testing.assert_allclose(info.negative_rank[0], 0.5)
+  np.testing.assert_array_equal(info.stayed, 0)
+  _, batch = mc.take_drawn(scores, sets, state, spent=False)
+  np.testing.assert_array_equal(batch.role[0], [1, -1, 0, 0, -1])
+  np.testing.assert_array_equal(batch.candidate_mask, mask & mask[:, :1])
+  np.testing.assert_array_equal(batch.multiplicity, sets.multiplicity)
+
+
 def test_preferred_drawn_is_masked_and_counted():
   scores, sets = _copies([50.0, 0.0, 1.0, 2.0])
   one, info = _draw(scores, sets, include_preferred=True)
@@ -283,14 +308,40 @@ def test_info_of_a_hand_worked_row():
   assert info.max_weight[0] == pytest.approx(0.5, rel=1e-6)
   assert info.negative_rank[0] == pytest.approx(1.0)  # mean of 0, 1.5, 1.5
   _, info = _draw(scores, sets, strategy="max")
-  assert info.negative_rank[0] == 0.0
+  assert info.negative_rank[0] == 0.0 and info.argmax_share[0] == 1.0
   _, info = _draw(scores, sets, strategy="min")
-  assert info.negative_rank[0] == 1.5
+  assert info.negative_rank[0] == 1.5 and info.argmax_share[0] == 0.0
+
+
+def test_info_tells_the_rank_by_external_score_and_the_share_of_the_heaviest():
+  # Kernel scores fall along the slots. By external score the negatives are
+  # ranked 3 (slot 1 has none), 1.5 and 1.5 (a tie), 0.
+  scores, sets = _copies(
+      [9.0, 3.0, 2.0, 1.0, 0.0], external=[9.0, np.nan, 5.0, 5.0, 7.0]
+  )
+  for strategy, num, rank, share in (
+      ("max", 1, 3.0, 1.0),
+      ("max", 2, 2.25, 0.5),
+      ("min", 1, 0.0, 0.0),
+      ("min", 2, 0.75, 0.0),
+      ("all", 1, 1.5, 0.25),
+  ):
+    _, info = _draw(scores, sets, strategy=strategy, num_negatives=num)
+    np.testing.assert_allclose(info.negative_score_rank, rank)
+    np.testing.assert_allclose(info.argmax_share, share)
+
+
+def test_multiplicity_makes_heavy_and_ties_share_the_heaviest():
+  # The weights of the negatives are 2, 2, 1: two of three are the heaviest.
+  scores, sets = _copies([9.0, np.log(2.0), 0.0, 0.0], [1, 1, 2, 1])
+  _, info = _draw(scores, sets, strategy="all")
+  np.testing.assert_allclose(info.argmax_share, 2 / 3, rtol=1e-6)
+  np.testing.assert_allclose(info.negative_score_rank, 1.0)
 
 
 @pytest.mark.parametrize(
     ("strategy", "replace"),
-    [(strategy, False) for strategy in mc.STRATEGIES] + [("mc", True)],
+    [(strategy, False) for strategy in DRAWS] + [("mc", True)],
 )
 def test_rows_without_candidates_are_zeros_and_finite(strategy, replace):
   scores, sets = _copies([1.0, 2.0, 3.0, 4.0, 5.0])

@@ -1,5 +1,9 @@
 """Log-weights of candidates: score, temperature, multiplicity, proposal.
 
+At temperature 1 and by reward scores, `log_weights` with the preferred
+completion in is the exact model p_theta on the pool: all that a sampled
+negative estimates, for a real model too.
+
 The preferred completion counts once, whatever its multiplicity: a second copy
 of it is tied with it, and a tie is no negative.
 """
@@ -12,6 +16,7 @@ from mcpo_jax.types import Array, SetBatch
 # Candidate id of another prompt's completion that a set carries along (KTO).
 # Its role is 0: it is no negative and no kernel draws it.
 MISMATCHED_ID = 2**32 - 1
+SCHEDULES = ("constant", "linear", "geometric")
 
 
 def negatives(sets: SetBatch) -> jax.Array:
@@ -98,6 +103,36 @@ def log_weights(
   )
   normalised = jnp.where(broken, jnp.nan, normalised)
   return jnp.where(candidate, normalised, -jnp.inf)
+
+
+def temperature_at(
+    step: int | Array,
+    *,
+    start: float,
+    end: float | None,
+    num_steps: int,
+    schedule: str,
+) -> float | jax.Array:
+  """The kernel's temperature at a step of the run.
+
+  Args:
+    step: updates done; may be traced.
+    start: > 0, at step 0.
+    end: > 0, from step `num_steps` on; `constant` does not read it.
+    num_steps: >= 1, updates of the run.
+    schedule: `constant`; `linear`; `geometric`: the logarithm is linear.
+
+  Raises:
+    ValueError: at trace time, on an unknown schedule.
+  """
+  if schedule not in SCHEDULES:
+    raise ValueError(f"unknown schedule {schedule!r}, one of {SCHEDULES}")
+  if schedule == "constant":
+    return start
+  done = jnp.clip(jnp.asarray(step) / num_steps, 0.0, 1.0)
+  if schedule == "linear":
+    return start + (end - start) * done
+  return start * (end / start) ** done
 
 
 def preferred_weight(
