@@ -62,7 +62,8 @@ def sppo_loss(
     factor = 1.0
   else:
     batch = _with_scores_only(batch)
-    rates = jnp.where(pairs.valid(batch)[:, None], _scores(batch), 0.5)
+    scores = _scores(features, batch)
+    rates = jnp.where(pairs.valid(batch)[:, None], scores, 0.5)
     factor = 0.5
   squares = (ratios - (rates - 0.5) / beta) ** 2
   losses = factor * jnp.sum(squares, axis=1)
@@ -136,7 +137,7 @@ def dno_loss(
   batch = _with_scores_only(_against(batch, batch.anchors["prev"]))
   rewards = implicit.implicit_rewards(features, batch, beta=beta)
   margins = pairs.margins(rewards, batch)
-  gaps = pairs.margins(_scores(batch), batch)
+  gaps = pairs.margins(_scores(features, batch), batch)
   losses = -jax.nn.sigmoid(gaps) * jax.nn.log_sigmoid(margins)
   losses = losses - jax.nn.sigmoid(-gaps) * jax.nn.log_sigmoid(-margins)
   return pairs.result(losses, rewards, features, batch, state)
@@ -179,10 +180,11 @@ def _against(batch: SetBatch, anchor: Array) -> SetBatch:
 
 def _with_scores_only(batch):
   """The batch without the negatives whose own or slot 0's score is unknown."""
-  unknown = jnp.any(jnp.isnan(_scores(batch)), axis=1, keepdims=True)
+  unknown = jnp.any(jnp.isnan(batch.scores), axis=1, keepdims=True)
   return batch._replace(role=jnp.where(unknown, 0, batch.role))
 
 
-def _scores(batch):
-  """[B, J] external scores, constants."""
-  return jax.lax.stop_gradient(jnp.asarray(batch.scores))
+def _scores(features, batch):
+  """[B, J] external scores, constants, as precise as the log-probabilities."""
+  scores = jnp.asarray(batch.scores, features.logps.dtype)
+  return jax.lax.stop_gradient(scores)
