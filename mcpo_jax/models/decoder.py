@@ -59,15 +59,47 @@ def hidden_states(
   Returns:
     [S, T, D] in compute_dtype; finite, of no meaning, on padding.
   """
+  return probed_states(
+      params, config, streams, _unseen, None,
+      compute_dtype=compute_dtype, remat=remat,
+  )[0]
+
+
+def probed_states(
+    params: Params,
+    config: ModelConfig,
+    streams: Streams,
+    probe: Callable,
+    probe_weights: Any,
+    *,
+    compute_dtype: Any = jnp.float32,
+    remat: str = "none",
+) -> tuple[jax.Array, Any]:
+  """`hidden_states`, and what a probe reads after each layer.
+
+  The probe runs inside the scan over the layers, so that the hidden states of
+  all layers never exist at once in the forward pass.
+
+  Args:
+    params, config, streams: as of hidden_states.
+    probe: (x [S, T, D], the layer's slice of probe_weights) -> arrays; x is
+      the residual stream after the layer.
+    probe_weights: tree of arrays [L, ...].
+    compute_dtype, remat: as of hidden_states.
+
+  Returns:
+    [S, T, D] as hidden_states, and what the probe gave, stacked over layers.
+  """
   slots = attention.Slots(
       streams.positions, streams.prompt_slot, streams.candidate_slot
   )
   x = _embed(params, config, streams.tokens, compute_dtype)
   attend = _stream_attention(config, slots, keep=False)
-  x, _, _ = _run_layers(
-      params, config, x, streams.positions, attend, (), remat
+  x, _, _, probed = _run_layers(
+      params, config, x, streams.positions, attend, (), remat,
+      probe, probe_weights,
   )
-  return x
+  return x, probed
 
 
 def head_logits(
@@ -106,6 +138,10 @@ def _stream_attention(config, slots, *, keep):
   return attend
 
 
+def _unseen(x, weights):
+  """The probe that reads nothing."""
+
+
 def _run_layers(
     params: Params,
     config: ModelConfig,
@@ -114,7 +150,9 @@ def _run_layers(
     attend: Callable,
     state: Any,
     remat: str,
-) -> tuple[jax.Array, Any, Any]:
+    probe: Callable = _unseen,
+    probe_weights: Any = None,
+) -> tuple[jax.Array, Any, Any, Any]:
   """All layers and the final norm.
 
   Args:
@@ -126,9 +164,11 @@ def _run_layers(
       (out [..., H, E], state, what to stack over the layers).
     state: what attend carries from layer to layer.
     remat: a key of REMAT.
+    probe, probe_weights: see probed_states.
 
   Returns:
-    hidden states [..., D], the last state, what attend gave, stacked.
+    hidden states [..., D], the last state, and what attend and the probe gave,
+    stacked.
   """
   tables = rope.tables(
       config, positions, jnp.promote_types(x.dtype, "float32")
@@ -137,11 +177,14 @@ def _run_layers(
   base_of_layer = np.zeros_like(windows)
   if len(rope.bases(config)) > 1:
     base_of_layer[:] = config.local_layers
-  scanned = (params["layers"], np.arange(len(windows)), windows, base_of_layer)
+  scanned = (
+      params["layers"], np.arange(len(windows)), windows, base_of_layer,
+      probe_weights,
+  )
 
   def body(carry, layer):
     x, state = carry
-    weights, index, window, base = layer
+    weights, index, window, base, of_probe = layer
     x = _pin(x)
     cos, sin = (
         jax.lax.dynamic_index_in_dim(table, base, keepdims=False)
@@ -159,10 +202,13 @@ def _run_layers(
     h = _pin(_mlp(h, weights["mlp"], config))
     if config.post_norms:
       h = _norm(h, weights["post_mlp_norm"], config)
-    return (x + h, state), kept
+    x = x + h
+    return (x, state), (kept, probe(x, of_probe))
 
-  (x, state), kept = jax.lax.scan(REMAT[remat](body), (x, state), scanned)
-  return _pin(_norm(x, params["final_norm"], config)), state, kept
+  (x, state), (kept, probed) = jax.lax.scan(
+      REMAT[remat](body), (x, state), scanned
+  )
+  return _pin(_norm(x, params["final_norm"], config)), state, kept, probed
 
 
 def _pin(x):
@@ -297,7 +343,7 @@ def prefill(
   )
   x = _embed(params, config, tokens, cache.keys.dtype)
   attend = _stream_attention(config, slots, keep=True)
-  x, _, (keys, values) = _run_layers(
+  x, _, (keys, values), _ = _run_layers(
       params, config, x, positions, attend, (), "none"
   )
   last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
@@ -347,7 +393,7 @@ def decode_step(
     return out, (keys, values), None
 
   x = _embed(params, config, tokens, cache.keys.dtype)
-  x, (keys, values), _ = _run_layers(
+  x, (keys, values), _, _ = _run_layers(
       params, config, x, positions, attend, (cache.keys, cache.values), "none"
   )
   cache = Cache(keys, values, (positions + 1).astype(jnp.int32))
