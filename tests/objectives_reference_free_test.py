@@ -230,6 +230,14 @@ def test_without_the_target_cpo_is_dpo_against_a_uniform_reference(x64):
   np.testing.assert_allclose(simpo, losses, atol=1e-12)
 
 
+def test_without_the_target_slic_is_the_hinge_on_log_probabilities(x64):
+  logps, sets = _batch(2)
+  uniform = sets._replace(anchors={"ref": np.full(logps.shape, -7.0)})
+  want, _, _ = pairwise.hinge_loss(Features(logps), uniform, None, beta=1.0)
+  losses, _, _ = _run("slic_hf", logps, sets, sft_weight=0.0)
+  np.testing.assert_allclose(losses, want, atol=1e-12)
+
+
 def test_the_target_adds_the_supervised_loss(x64):
   logps, sets = batches.take_rows(*_batch(3), [0, 1, 2, 3])
   target, _, _ = supervised.sft_loss(Features(logps), sets, None)

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from mcpo_jax.objectives import implicit, pairs
 from mcpo_jax.types import Features, SetBatch
 
-MAX_EXPONENT = 60.0  # of p^-alpha in AlphaPO; exp(60) / alpha is a float32
-
 
 def simpo_loss(
     features: Features,
@@ -45,7 +43,7 @@ def simpo_loss(
   features, batch = pairs.take_pair(features, batch)
   rewards = beta * _mean_logps(features, batch)
   margins = pairs.margins(rewards, batch) - beta * gamma_beta_ratio
-  losses = -jax.nn.log_sigmoid(margins)
+  losses = pairs.logistic(margins)
   return pairs.result(losses, rewards, features, batch, state)
 
 
@@ -63,8 +61,8 @@ def alphapo_loss(
   loss_b = -log sigmoid(r_0 - r_1 - beta * gamma_beta_ratio), with
   r = beta * (1 - p^-alpha) / alpha and p = exp(a). alpha -> 0: SimPO.
 
-  The exponent -alpha * a is clipped at +-MAX_EXPONENT; beyond it a completion
-  has no gradient.
+  The exponent -alpha * a is clipped at +-`pairs.MAX_EXPONENT`; past it a
+  completion has no gradient.
 
   Args:
     features: logps [B, J], J >= 2.
@@ -86,11 +84,12 @@ def alphapo_loss(
   features, batch = pairs.take_pair(features, batch)
   rewards = _mean_logps(features, batch)
   if alpha != 0.0:
-    exponents = jnp.clip(-alpha * rewards, -MAX_EXPONENT, MAX_EXPONENT)
+    limit = pairs.MAX_EXPONENT
+    exponents = jnp.clip(-alpha * rewards, -limit, limit)
     rewards = -jnp.expm1(exponents) / alpha
   rewards = beta * rewards
   margins = pairs.margins(rewards, batch) - beta * gamma_beta_ratio
-  losses = -jax.nn.log_sigmoid(margins)
+  losses = pairs.logistic(margins)
   return pairs.result(losses, rewards, features, batch, state)
 
 
@@ -160,7 +159,7 @@ def cpo_loss(
   features, batch = pairs.take_pair(features, batch)
   logps = implicit.masked(features.logps, batch)
   rewards = beta * logps
-  losses = -jax.nn.log_sigmoid(pairs.margins(rewards, batch))
+  losses = pairs.logistic(pairs.margins(rewards, batch))
   losses = losses - sft_weight * logps[:, 0]
   return pairs.result(losses, rewards, features, batch, state)
 
@@ -194,8 +193,8 @@ def orpo_loss(
   features, batch = pairs.take_pair(features, batch)
   means = _mean_logps(features, batch)
   odds = _log_odds(means)
-  ratios = jax.nn.log_sigmoid(pairs.margins(odds, batch))
-  losses = -means[:, 0] - odds_weight * ratios
+  ratios = pairs.logistic(pairs.margins(odds, batch))
+  losses = odds_weight * ratios - means[:, 0]
   return pairs.result(losses, odds, features, batch, state)
 
 
@@ -235,15 +234,14 @@ def asft_loss(
   features, batch = pairs.take_pair(features, batch)
   means = _mean_logps(features, batch)
   rewards = beta * _log_odds(means)
-  terms = jax.nn.log_sigmoid(rewards[:, 0]) + jax.nn.log_sigmoid(-rewards[:, 1])
-  losses = -means[:, 0] - odds_weight * terms
+  terms = pairs.logistic(rewards[:, 0]) + pairs.logistic(-rewards[:, 1])
+  losses = odds_weight * terms - means[:, 0]
   return pairs.result(losses, rewards, features, batch, state)
 
 
 def _mean_logps(features, batch):
   """[B, J] a, 0 on masked slots."""
-  logps = implicit.masked(features.logps, batch)
-  return logps / jnp.maximum(batch.lengths, 1)
+  return pairs.per_token(implicit.masked(features.logps, batch), batch)
 
 
 def _log_odds(means):

@@ -36,7 +36,7 @@ def sppo_loss(
   Args:
     features: logps [B, J], J >= 2.
     batch: [B, J]; anchor "prev"; for `win_rate` P in `scores`, in [0, 1]. A
-      pair of which a score is unknown is none.
+      pair with a score that is unknown or infinite counts as no pair.
     state: passed through.
     beta: 1 / eta of the paper, > 0.
     form: `hard` or `win_rate`.
@@ -120,8 +120,8 @@ def dno_loss(
   Args:
     features: logps [B, J], J >= 2.
     batch: [B, J]; anchor "prev"; `scores`: the reward of the round, in the
-      paper the rate of wins against "prev". A pair of which a score is unknown
-      is none.
+      paper the rate of wins against "prev". A pair with a score that is
+      unknown or infinite counts as no pair.
     state: passed through.
     beta: eta of the paper, > 0.
 
@@ -138,8 +138,8 @@ def dno_loss(
   rewards = implicit.implicit_rewards(features, batch, beta=beta)
   margins = pairs.margins(rewards, batch)
   gaps = pairs.margins(_scores(features, batch), batch)
-  losses = -jax.nn.sigmoid(gaps) * jax.nn.log_sigmoid(margins)
-  losses = losses - jax.nn.sigmoid(-gaps) * jax.nn.log_sigmoid(-margins)
+  losses = jax.nn.sigmoid(gaps) * pairs.logistic(margins)
+  losses = losses + jax.nn.sigmoid(-gaps) * pairs.logistic(-margins)
   return pairs.result(losses, rewards, features, batch, state)
 
 
@@ -179,9 +179,9 @@ def _against(batch: SetBatch, anchor: Array) -> SetBatch:
 
 
 def _with_scores_only(batch):
-  """The batch without the negatives whose own or slot 0's score is unknown."""
-  unknown = jnp.any(jnp.isnan(batch.scores), axis=1, keepdims=True)
-  return batch._replace(role=jnp.where(unknown, 0, batch.role))
+  """[B, 2], no pair where a score is unknown or infinite."""
+  known = jnp.all(jnp.isfinite(batch.scores), axis=1, keepdims=True)
+  return batch._replace(role=jnp.where(known, batch.role, 0))
 
 
 def _scores(features, batch):
