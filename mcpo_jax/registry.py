@@ -380,6 +380,9 @@ ROUNDS = {
     "spin": _pair("spin_loss", "rounds", anchors=("prev",)),
 }
 
+_CONFIDENCE = Setting(0.95, 0.0, 1.0, open_high=True)
+
+# Settings of a term or of learned parameters stand with the loss's own.
 TOKEN_LEVEL = {
     "wpo": _pair(
         "wpo_loss",
@@ -391,8 +394,7 @@ TOKEN_LEVEL = {
         "ld_dpo_loss",
         "token_level",
         settings={"tail_weight": _share(0.5)},
-        anchors=("ref", "ref_prefix"),
-        terms=("prefix",),
+        terms=("prefix", "ref_prefix"),
     ),
     "tdpo1": _pair("tdpo1_loss", "token_level", terms=("kl",)),
     "tdpo2": _pair(
@@ -402,18 +404,15 @@ TOKEN_LEVEL = {
         terms=("kl",),
     ),
     "ra_dpo1": _pair(
-        "tdpo1_loss",
+        "ra_dpo1_loss",
         "token_level",
-        settings={"confidence": Setting(0.95, 0.0, 1.0, open_high=True)},
+        settings={"confidence": _CONFIDENCE},
         terms=("risk",),
     ),
     "ra_dpo2": _pair(
-        "tdpo2_loss",
+        "ra_dpo2_loss",
         "token_level",
-        settings={
-            "alpha": _at_least_zero(0.5),
-            "confidence": Setting(0.95, 0.0, 1.0, open_high=True),
-        },
+        settings={"alpha": _at_least_zero(0.5), "confidence": _CONFIDENCE},
         terms=("risk",),
     ),
     "sparse_po": _pair(
@@ -423,13 +422,16 @@ TOKEN_LEVEL = {
             "mask_penalty": _at_least_zero(0.0),
             "shared_mask": _FLAG._replace(default=False),
         },
+        anchors=(),
         terms=("masked_ratio", "masked_kl", "mask_size"),
         parameters="mcpo_jax.objectives.token_level:sparse_po_parameters",
     ),
     "pmpo": Objective(
         "mcpo_jax.objectives.token_level:pmpo_loss",
         {"beta": _above_zero(0.5), "alpha": _share(0.5)},
+        anchors=(),
         terms=("kl",),
+        scores=True,
         strategy="pool",
         strategies=("pool",),
     ),
