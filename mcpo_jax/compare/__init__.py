@@ -1,0 +1,1 @@
+"""The verb `compare`: rows of settings beside each other, over seeds."""
