@@ -10,7 +10,7 @@ import numpy as np
 import objectives_batches as batches
 import pytest
 
-from mcpo_jax.objectives import pairwise, softmax, supervised
+from mcpo_jax.objectives import pairwise, reference_free, softmax, supervised
 from mcpo_jax.types import Features
 
 FEW = hypothesis.settings(deadline=None, max_examples=8, database=None)
@@ -129,7 +129,8 @@ CASES = {
         pairwise.ipo_loss, _ipo, {"beta": BETA, "length_average": True},
     ),
     "simpo": (
-        pairwise.simpo_loss, _simpo, {"beta": 2.0, "gamma_beta_ratio": 0.4},
+        reference_free.simpo_loss, _simpo,
+        {"beta": 2.0, "gamma_beta_ratio": 0.4},
     ),
     "sft": (supervised.sft_loss, _sft, {}),
 }

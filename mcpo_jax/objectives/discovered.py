@@ -52,7 +52,7 @@ def discopop_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   # m exp(-x) in one exponent: m may underflow where exp(-x) is huge.
   exponential = pairs.exp(jax.nn.log_sigmoid(x / tau) - x)
   losses = jax.nn.sigmoid(-x / tau) * pairs.logistic(x) + exponential
@@ -84,7 +84,7 @@ def dbaql_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   blend = jax.nn.sigmoid(_batch_variance(x / _SCALE, pairs.valid(batch)))
   losses = blend * pairs.logistic(x / 0.9)
   losses = losses + (1.0 - blend) * pairs.exp(-0.9 * x)
@@ -117,7 +117,7 @@ def aql_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   y = x / _SCALE
   mean = _batch_mean(y, pairs.valid(batch))
   quantile = 0.5 + 0.01 * (jax.nn.sigmoid(mean) - 0.5)
@@ -151,7 +151,7 @@ def aqfl_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   y, valid = x / _SCALE, pairs.valid(batch)
   variance = _batch_variance(y, valid)
   # The root has no slope at 0, where all pairs are alike or there is but one.
@@ -186,7 +186,7 @@ def padll_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   losses = jnp.where(x < 0.0, 0.45, 0.9) * pairs.logistic(x)
   return pairs.result(losses, rewards, features, batch, state)
 
@@ -214,7 +214,7 @@ def cell_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   losses = 0.5 * pairs.exp(-x) + 0.5 * pairs.logistic(x)
   return pairs.result(losses, rewards, features, batch, state)
 
@@ -244,14 +244,14 @@ def pfl_loss(
   References:
     Lu et al. 2024, https://arxiv.org/abs/2406.08414
   """
-  features, batch, rewards, x = _margins(features, batch, beta)
+  features, batch, rewards, x = _take(features, batch, beta)
   right = pairs.margins(implicit.masked(features.logps, batch), batch) > 0.0
   hinge = jax.nn.relu(1.0 - x)
   losses = jnp.where(right, 0.5 * pairs.logistic(x), 2.0 * hinge)
   return pairs.result(losses, rewards, features, batch, state)
 
 
-def _margins(features, batch, beta):
+def _take(features, batch, beta):
   """Both cut to the pair, the rewards [B, 2] and x [B]."""
   features, batch = pairs.take_pair(features, batch)
   rewards = implicit.implicit_rewards(features, batch, beta=beta)

@@ -254,8 +254,8 @@ def reward_rpo_loss(
   batch = batch._replace(role=jnp.where(known, batch.role, 0))
   rewards = implicit.implicit_rewards(features, batch, beta=beta)
   margins = pairs.margins(rewards, batch)
-  gaps = pairs.margins(reward_scale * jnp.asarray(batch.scores), batch)
-  gaps = jax.lax.stop_gradient(gaps)
+  scores = jax.lax.stop_gradient(jnp.asarray(batch.scores, rewards.dtype))
+  gaps = pairs.margins(reward_scale * scores, batch)
   losses = {
       "backward": lambda: _coin_kl(gaps, margins),
       "forward": lambda: _coin_kl(margins, gaps),
@@ -420,42 +420,6 @@ def mirror_po_loss(
   policy = inverse(implicit.masked(features.logps, batch))
   rewards = beta * (policy - reference)
   losses = pairs.logistic(pairs.margins(rewards, batch))
-  return pairs.result(losses, rewards, features, batch, state)
-
-
-def simpo_loss(
-    features: Features,
-    batch: SetBatch,
-    state: Any,
-    *,
-    beta: float,
-    gamma_beta_ratio: float,
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-  """SimPO: length-normalised, without a reference.
-
-  loss_b = -log sigmoid(r_0 - r_1 - beta * gamma_beta_ratio), with
-  r = beta * logps / length.
-
-  Args:
-    features: logps [B, J], J >= 2.
-    batch: [B, J]; `lengths`.
-    state: passed through.
-    beta: scale of the reward per token, > 0.
-    gamma_beta_ratio: target margin in units of beta, >= 0.
-
-  Returns:
-    losses: [B] nats, not reduced.
-    aux: see `implicit.preference_aux`, of slot 1.
-    state: as given.
-
-  References:
-    Meng et al. 2024, Eq. 6, https://arxiv.org/abs/2405.14734
-  """
-  features, batch = pairs.take_pair(features, batch)
-  logps = implicit.masked(features.logps, batch)
-  rewards = beta * pairs.per_token(logps, batch)
-  margins = pairs.margins(rewards, batch) - beta * gamma_beta_ratio
-  losses = -jax.nn.log_sigmoid(margins)
   return pairs.result(losses, rewards, features, batch, state)
 
 
