@@ -236,22 +236,19 @@ def _move(
     log_z: [B] nats.
     state: with the rows written.
   """
-  size = len(state["log_z"])
+  stored, seen = (jnp.asarray(state[name]) for name in ("log_z", "seen"))
   # A negative index would count from the end: past the end it is dropped.
-  row = jnp.where(row < 0, size, row)
-  old = state["log_z"].at[row].get(mode="fill", fill_value=0.0)
-  seen = state["seen"].at[row].get(mode="fill", fill_value=False)
+  row = jnp.where(row < 0, len(stored), row)
+  old = stored.at[row].get(mode="fill", fill_value=0.0).astype(fresh.dtype)
   moved = jnp.logaddexp(
-      jnp.log1p(-moving_rate) + old.astype(fresh.dtype),
-      jnp.log(moving_rate) + fresh,
+      jnp.log1p(-moving_rate) + old, jnp.log(moving_rate) + fresh
   )
-  log_z = jnp.where(seen, moved, fresh)
+  known = seen.at[row].get(mode="fill", fill_value=False)
+  log_z = jnp.where(known, moved, fresh)
   same = jnp.logical_and(row[:, None] == row[None, :], some[None, :])
   later = jnp.any(jnp.triu(same, 1), axis=1)
-  row = jnp.where(jnp.logical_and(some, ~later), row, size)
+  row = jnp.where(jnp.logical_and(some, ~later), row, len(stored))
   return log_z, {
-      "log_z": state["log_z"].at[row].set(
-          log_z.astype(state["log_z"].dtype), mode="drop"
-      ),
-      "seen": state["seen"].at[row].set(True, mode="drop"),
+      "log_z": stored.at[row].set(log_z.astype(stored.dtype), mode="drop"),
+      "seen": seen.at[row].set(True, mode="drop"),
   }
