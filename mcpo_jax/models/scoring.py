@@ -202,6 +202,7 @@ def token_values(
   ref_hidden, masks = None, None
   if any(name in REFERENCE_TERMS for name in terms):
     reference = jax.lax.stop_gradient(reference)
+    reference_config = reference_config or config
     ref_hidden, masks = _reference_states(
         reference,
         reference_config,
@@ -340,7 +341,7 @@ def sequence_features(
       "topk_entropy"  -sum p log p over them; neither has a gradient
     reference: parameters of the reference, for REFERENCE_TERMS. No gradient
       reaches them.
-    reference_config: its decoder.
+    reference_config: its decoder; None: that of the policy.
     confidence: c of "risk", in [0, 1).
     objective_params: of `token_level.sparse_po_parameters`.
     compute_dtype: of products and activations.
