@@ -306,13 +306,19 @@ def _learning(case):
 
 def _separable(case):
   logps = case.inputs.features.logps
-  moved = 1.3 * logps
-  moved[0] = logps[0]
-  got = case.evaluate(_with_logps(case.inputs, moved))
-  return (
-      _differ("other rows change its loss", case.base.losses[0], got.losses[0])
-      or _differ("other rows change its gradient", case.base.grad[0],
-                 got.grad[0]))
+  scale = np.linspace(0.2, 3.0, logps.size).reshape(logps.shape)
+  for row in range(_ALONE):
+    moved = scale * logps
+    moved[row] = logps[row]
+    got = case.evaluate(_with_logps(case.inputs, moved))
+    problem = (
+        _differ("other rows change its loss", case.base.losses[row],
+                got.losses[row])
+        or _differ("other rows change its gradient", case.base.grad[row],
+                   got.grad[row]))
+    if problem:
+      return problem
+  return ""
 
 
 def _slots(case):
