@@ -20,6 +20,9 @@ def first(num_examples):
   return num_examples
 
 def moving(features, batch, state, *, progress): ...
+
+@mcpo_jax.objective(parameters="my_file:first")
+def learned(features, batch, state): ...
 '''
 
 
@@ -99,6 +102,7 @@ def test_members_keep_their_defaults_unless_set():
     ("sft->dpo,ipo", "config.range"), ("dpo->dpo", "config.range"),
     ("infonca,dpo", "config.conflict"), ("rnce,dpo", "config.conflict"),
     ("mcpo,cd", "config.conflict"), ("my_file:moving,dpo", "config.conflict"),
+    ("my_file:learned,sparse_po", "config.conflict"),
     ("my_file:nothing,dpo", "config.range"),
 ])
 def test_what_does_not_go_together_is_refused(folder, name, slug):
