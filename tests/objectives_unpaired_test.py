@@ -75,12 +75,12 @@ def _oracle(name, logps, sets, delta=FIRST["delta"]):
 
 
 def _batch(seed):
-  """Rows 0 and 1 of several; 2 of one good, 3 of one bad; 4 is no set."""
+  """Rows 0 and 1 of several; 2 of one good, 3 of one bad; 4 lacks slot 0."""
   logps, sets = batches.random_batch(seed, num_slots=5)
   mask, role = sets.candidate_mask.copy(), sets.role.copy()
   ids, scores = sets.candidate_id.copy(), sets.scores.copy()
   mask[2:4, 1:] = False
-  mask[:4, 4] = True, False, True, True
+  mask[:, 4] = True, False, True, True, True
   ids[:, 4], role[:, 4] = weights.MISMATCHED_ID, 0
   scores[2:4, 0] = 1.0, 0.0
   rng = np.random.default_rng(seed)

@@ -245,6 +245,7 @@ def _move(
   )
   known = seen.at[row].get(mode="fill", fill_value=False)
   log_z = jnp.where(known, moved, fresh)
+  # A scatter to equal indices promises no order: only the last one writes.
   same = jnp.logical_and(row[:, None] == row[None, :], some[None, :])
   later = jnp.any(jnp.triu(same, 1), axis=1)
   row = jnp.where(jnp.logical_and(some, ~later), row, len(stored))
