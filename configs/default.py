@@ -164,25 +164,83 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Objective --------------------------------------------------------------
   objective = config.objective = ml_collections.ConfigDict()
-  # The loss: "mcpo", "rnce", "cd", "dpo", "ipo", "simpo" or "sft".
+  # The loss, by its name in mcpo_jax/registry.py; several with weights
+  # ("dpo*1.0,sft*0.1"), one blended into another over the stage
+  # ("sft->mcpo"), or a function of your own ("my_file:my_loss").
   objective.name = "mcpo"
-  # For the next four: None is the objective's own default, and setting one
+  # For all that follow: None is the objective's own default, and setting one
   # that the objective does not take is an error.
-  # Reward scale, in reward per nat of log ratio.
+  # Reward scale, in reward per nat of log ratio. None: as said above.
   objective.beta = config_dict.placeholder(float)
   # Probability that a label is flipped, in [0, 0.5). None: as said above.
   objective.label_smoothing = config_dict.placeholder(float)
   # Divide log-probs by the completion's length. None: as said above.
   objective.length_average = config_dict.placeholder(bool)
-  # SimPO's target margin as a share of beta. None: as said above.
+  # Target margin as a share of beta (simpo, alphapo). None: as said above.
   objective.gamma_beta_ratio = config_dict.placeholder(float)
+  # Which form of a loss that has several: rso, reward_rpo, pointwise, sppo.
+  # None: as said above.
+  objective.form = config_dict.placeholder(str)
+  # Weight of the chosen one's negative log-likelihood. None: as said above.
+  objective.sft_weight = config_dict.placeholder(float)
+  # External score to reward (reward_rpo). None: as said above.
+  objective.reward_scale = config_dict.placeholder(float)
+  # External scores / this, then softmax (exo_reward, infonca, nca).
+  # None: as said above.
+  objective.reward_temperature = config_dict.placeholder(float)
+  # On a chosen one less likely than under the reference (dpop).
+  # None: as said above.
+  objective.penalty = config_dict.placeholder(float)
+  # Reward per token of length difference (r_dpo). None: as said above.
+  objective.length_weight = config_dict.placeholder(float)
+  # Of f_dpo: "reverse_kl", "forward_kl", "js" or "alpha".
+  # None: as said above.
+  objective.divergence = config_dict.placeholder(str)
+  # Of f_dpo, alphapo, tdpo2, ra_dpo2 and pmpo; each says what it weighs.
+  # None: as said above.
+  objective.alpha = config_dict.placeholder(float)
+  # Of mirror_po: "log" or "tsallis". None: as said above.
+  objective.potential = config_dict.placeholder(str)
+  # Order of the Tsallis potential (mirror_po). None: as said above.
+  objective.q = config_dict.placeholder(float)
+  # Temperature of a loss (discopop, dft, dft2). None: as said above.
+  objective.tau = config_dict.placeholder(float)
+  # Of slic_hf, in nats. None: as said above.
+  objective.margin = config_dict.placeholder(float)
+  # Weight of the odds ratio (orpo, asft). None: as said above.
+  objective.odds_weight = config_dict.placeholder(float)
+  # rrhf divides log-probs by length to this power. None: as said above.
+  objective.length_power = config_dict.placeholder(float)
+  # Weight of good completions (kto). None: as said above.
+  objective.desirable_weight = config_dict.placeholder(float)
+  # Weight of bad completions (kto). None: as said above.
+  objective.undesirable_weight = config_dict.placeholder(float)
+  # Share of the newest value in a moving average (bco, compositional, dft,
+  # dft2). None: as said above.
+  objective.moving_rate = config_dict.placeholder(float)
+  # Share of the reference against the policy of the round before (inpo).
+  # None: as said above.
+  objective.ratio = config_dict.placeholder(float)
+  # Weight of the tokens past the shorter one's length (ld_dpo).
+  # None: as said above.
+  objective.tail_weight = config_dict.placeholder(float)
+  # Quantile above which a token counts as risk (ra_dpo1, ra_dpo2).
+  # None: as said above.
+  objective.confidence = config_dict.placeholder(float)
+  # Weight of the size of learned masks (sparse_po). None: as said above.
+  objective.mask_penalty = config_dict.placeholder(float)
+  # One learned mask for rewards and divergence (sparse_po).
+  # None: as said above.
+  objective.shared_mask = config_dict.placeholder(bool)
 
   # --- Monte Carlo kernel: which candidates become negatives ------------------
   kernel = config.kernel = ml_collections.ConfigDict()
   # "mc" (by weight), "max", "min", "random", "fixed_worst" (lowest score of
-  # the data) or "all". None: the objective's own.
+  # the data), "all" (every negative), "pool" (ties too, for listwise losses)
+  # or a function of your own ("my_file:my_kernel"). None: the objective's own.
   kernel.strategy = config_dict.placeholder(str)
-  # Of the next three, setting one that the strategy does not read is an error.
+  # Of all that follow down to repulsion, setting one that the strategy does not
+  # read is an error.
   # What weights a candidate: "reward" (beta times log ratio) or "policy_logp",
   # either also with "_per_token". None: "reward".
   kernel.score = config_dict.placeholder(str)
@@ -191,6 +249,26 @@ def get_config() -> ml_collections.ConfigDict:
   # Weights are softmax(score / temperature). Towards 0: max, large: random.
   # None: 1.
   kernel.temperature = config_dict.placeholder(float)
+  # How it moves to temperature_end over the stage: "constant", "linear" or
+  # "geometric". None: "constant".
+  kernel.temperature_schedule = config_dict.placeholder(str)
+  # Temperature of the last update. None: the schedule is constant.
+  kernel.temperature_end = config_dict.placeholder(float)
+  # One step of a chain: "categorical" (among all), "metropolis" or "barker"
+  # (accept one candidate or stay), or "self_repellent" (categorical, what was
+  # drawn often weighs less). None: "categorical".
+  kernel.transition = config_dict.placeholder(str)
+  # Steps of a chain, each over a block of candidates of its own. None: 1.
+  kernel.num_steps = config_dict.placeholder(int)
+  # Candidates of a step; num_steps * block_size at most the pool's.
+  # None: all, for one step.
+  kernel.block_size = config_dict.placeholder(int)
+  # Where chains start: at the "preferred" completion, where they stood at the
+  # example's last visit ("persistent"), or drawn by weight ("model", a
+  # diagnostic). None: "preferred".
+  kernel.init = config_dict.placeholder(str)
+  # Strength of self_repellent. None: 1 for self_repellent, else not used.
+  kernel.repulsion = config_dict.placeholder(float)
   # Negatives per prompt and update.
   kernel.num_negatives = 1
   # How often the negatives are drawn anew: "step", "epoch", or every so many
@@ -258,6 +336,10 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.num_display = 4
   # Evaluations without a better one after which the stage ends. None: never.
   evaluation.patience = config_dict.placeholder(int)
+  # Updates between two comparisons of the drawn negatives' gradient with that
+  # of the whole pool (estimator/*), which costs several gradients of the pool.
+  # None: never.
+  evaluation.estimator_every_steps = config_dict.placeholder(int)
 
   # --- Checkpoints ------------------------------------------------------------
   checkpoint = config.checkpoint = ml_collections.ConfigDict()
@@ -281,6 +363,24 @@ def get_config() -> ml_collections.ConfigDict:
   log.tensorboard = False
   # Send to Weights & Biases too.
   log.wandb = False
+
+  # --- Compare: a table of settings beside each other, over seeds -------------
+  compare = config.compare = ml_collections.ConfigDict()
+  # One run per row and seed: "NAME | key=value key=value", with settings that
+  # differ from this config; and optional parts "| seeds=0,1,2" (instead of
+  # compare.seeds) and "| grid: key=value,value" (trials, chosen on half of the
+  # held-out prompts and reported on the other half).
+  compare.rows = ()
+  # Row that the others are tested against. None: the first.
+  compare.reference = config_dict.placeholder(str)
+  # Seeds of every row that names none.
+  compare.seeds = (0, 1, 2)
+  # Runs at a time, each on its share of the cores.
+  compare.jobs = 1
+  # What is compared: a number of the runs' summary.json.
+  compare.metric = "score/aligned"
+  # Minutes after which no further run begins. None: no limit.
+  compare.minutes = config_dict.placeholder(int)
 
   config.lock()
   return config

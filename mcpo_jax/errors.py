@@ -1,6 +1,16 @@
 """Errors a user can meet: one base class, a stable slug, an exit code."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+  """The known names most like `name`, as a hint, or an empty string."""
+  found = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+  like = lambda other: difflib.SequenceMatcher(None, other, name).ratio()
+  found = [repr(other) for other in found if like(other) == like(found[0])]
+  return f"did you mean {' or '.join(found)}?" if found else ""
 
 
 class McpoError(Exception):

@@ -7,6 +7,7 @@ key answers within two seconds.
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import logging
 
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, objective_names, settings
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -70,7 +71,7 @@ def parse(argv: list[str]) -> CommandLine:
       continue
     if name not in FLAGS and not name.startswith("config."):
       raise errors.ConfigError("cli.flag", "unknown flag", where=f"--{name}",
-                               hint=settings.nearest(name, FLAGS))
+                               hint=errors.nearest(name, FLAGS))
     if name in ("debug", "help"):
       raise errors.ConfigError("cli.flag", "takes no value", where=f"--{name}",
                                got=value)
@@ -86,7 +87,7 @@ def parse(argv: list[str]) -> CommandLine:
   if "help" not in flags and verb not in VERBS:
     raise errors.ConfigError("cli.verb", "no such verb" if verb else "no verb",
                              got=verb or None, want=" | ".join(VERBS),
-                             hint=settings.nearest(verb, VERBS))
+                             hint=errors.nearest(verb, VERBS))
   return CommandLine(verb, flags, overrides)
 
 
@@ -103,7 +104,7 @@ def load_config(path: str) -> ml_collections.ConfigDict:
         file.parent.is_dir()) else []
     raise errors.ConfigError(
         "config.missing", "no such config file", where=path,
-        hint=settings.nearest(file.name, near) or (
+        hint=errors.nearest(file.name, near) or (
             f"looked for it in {pathlib.Path.cwd()}"))
   for foreign in ("config.json", "manifest.json", "model.safetensors"):
     if (file.parent / foreign).exists():
@@ -129,8 +130,12 @@ def load_config(path: str) -> ml_collections.ConfigDict:
   except Exception as e:
     lines = [f":{frame.lineno}" for frame in traceback.extract_tb(
         e.__traceback__) if frame.filename == spec.origin]
+    # A locked config tells all of its fields between its first words and its
+    # hint.
+    text = re.sub(
+        r"\. Other fields .*(\n|\\n)", ". ", str(e), flags=re.DOTALL)
     raise errors.ConfigError(
-        slugs.get(type(e), "config.invalid"), f"{type(e).__name__}: {e}",
+        slugs.get(type(e), "config.invalid"), f"{type(e).__name__}: {text}",
         where=path + "".join(lines[-1:])) from e
   finally:
     sys.path.remove(root)
@@ -150,7 +155,7 @@ def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
   if not isinstance(node, ml_collections.ConfigDict) or name not in node:
     known = settings.flatten(config.to_dict())
     raise errors.ConfigError("config.unknown_key", "no such key", where=key,
-                             hint=settings.nearest(key, known))
+                             hint=errors.nearest(key, known))
   kind = node.get_type(name)
   if isinstance(node[name], ml_collections.ConfigDict):
     raise errors.ConfigError("config.type", "a group, not a field", where=key,
@@ -202,6 +207,10 @@ def read_config(command: CommandLine) -> dict[str, Any]:
                              where="--config", hint="--config=configs/FILE.py")
   config = load_config(command.flags["config"])
   found = []
+  named = [pair for pair in command.overrides if pair[0] == "objective.name"]
+  for key, text in named:
+    override(config, key, text)
+  admit_own_settings(config)
   for key, text in command.overrides:
     try:
       override(config, key, text)
@@ -210,6 +219,22 @@ def read_config(command: CommandLine) -> dict[str, Any]:
   if found:
     raise found[0] if len(found) == 1 else errors.ErrorGroup(found)
   return settings.resolve(config.to_dict())
+
+
+def admit_own_settings(config: ml_collections.ConfigDict) -> None:
+  """Opens the keys that an objective of the user's own takes.
+
+  Raises:
+    ConfigError: see `objective_names.find_objective`.
+  """
+  name = str(config.objective.name)
+  if ":" not in name:
+    return
+  with config.unlocked():
+    for key, setting in objective_names.find_objective(name).settings.items():
+      if key not in config.objective:
+        kind = str if setting.default is None else type(setting.default)
+        config.objective[key] = ml_collections.config_dict.placeholder(kind)
 
 
 def run(argv: list[str]) -> None:

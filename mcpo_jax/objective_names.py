@@ -165,7 +165,7 @@ def _find_one(name, folders):
     raise errors.ConfigError(
         "config.range", "unknown objective", where="objective.name", got=name,
         want=" | ".join(registry.OBJECTIVES) + " | my_file:my_loss",
-        hint=user_code.nearest(name, registry.OBJECTIVES))
+        hint=errors.nearest(name, registry.OBJECTIVES))
   return registry.OBJECTIVES[name]
 
 

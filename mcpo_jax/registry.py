@@ -40,7 +40,7 @@ class Objective(NamedTuple):
   mismatched: bool = False  # one more slot: another prompt's completion
   separable: bool = True  # loss[b] depends on set b alone
   state: str = ""  # "module:function", num_examples -> first state
-  parameters: str = ""  # "module:function", (key, config) -> learned parameters
+  parameters: str = ""  # "module:function", of parameters that it learns
   progress: bool = False  # takes `progress`, updates done / num_steps
   reduce: str = "sets"  # the step divides by the global count of these
   members: tuple[tuple[float, str], ...] = ()  # of a mixture: (weight, name)
@@ -217,7 +217,7 @@ PAIRWISE = {
     "mirror_po": _pair(
         "mirror_po_loss",
         settings={
-            "potential": Setting("tsallis", choices=("log", "tsallis")),
+            "potential": Setting("log", choices=("log", "tsallis")),
             "q": Setting(0.5, 0.0, 1.0, open_low=True, open_high=True),
         },
     ),
@@ -444,7 +444,8 @@ OBJECTIVES: dict[str, Objective] = (
 
 # Terms that need the reference's whole distribution, not its log-probs alone:
 # its weights must be resident.
-FULL_DISTRIBUTION = ("kl", "risk", "masked_ratio", "masked_kl")
+FULL_DISTRIBUTION = frozenset(
+    ("kl", "risk", "masked_ratio", "masked_kl", "mask_size", "ref_prefix"))
 
 # Kernel strategy -> does it need the current policy's scores of the pool?
 STRATEGIES = {

@@ -1,126 +1,30 @@
 """What each config key may hold, checked before JAX is imported.
 
-Three tables: OBJECTIVES (name -> where the function lives, what it needs, its
-settings), STRATEGIES of the kernel, and KEYS (every dotted config key -> what
-it may hold). `resolve` turns a loaded config into one without gaps or raises
-every mistake at once. A key of an objective or a strategy that is None in the
-config takes the default given here; a key that is set although nothing reads
-it is an error.
+KEYS says of every dotted config key what it may hold; what objectives take
+stands in `registry`. `resolve` turns a loaded config into one without gaps or
+raises every mistake at once. A key of an objective or a strategy that is None
+in the config takes the default given there; a key that is set although nothing
+reads it is an error.
 
 This module imports no JAX.
 """
 
 import datetime
-import difflib
 import json
 import math
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 
-from mcpo_jax import errors
+from mcpo_jax import errors, objective_names, registry, user_code
+from mcpo_jax.registry import OBJECTIVES, REWARDS, SCORES, STRATEGIES, Setting
 
 CONFIG_VERSION = 1
 
 
-class Setting(NamedTuple):
-  """Default and range of one number, flag or word."""
-
-  default: Any = None
-  low: float | None = None
-  high: float | None = None
-  open_low: bool = False  # True: the low end itself is refused
-  choices: tuple[Any, ...] | None = None
-  optional: bool = False  # True: may be None in a config
-  slug: str = "config.range"
-
-
-class Objective(NamedTuple):
-  """Where an objective lives and what it needs."""
-
-  place: str  # "module:function"
-  settings: dict[str, Setting]
-  anchors: tuple[str, ...] = ("ref",)  # names in SetBatch.anchors
-  contrast: bool = True  # skips sets without a negative
-  strategy: str = "mc"  # kernel strategy unless the config names one
-  strategies: tuple[str, ...] | None = None  # None: any but "none"
-  pairwise: bool = False  # exactly one negative
-  per_token: bool = False  # its reward is a mean over tokens
-  replace: bool = False  # draws with replacement
-  include_preferred: bool = False  # the preferred is in the candidate set
-  separable: bool = True  # loss[b] depends on set b alone
-  reduce: str = "sets"  # the step divides by the global count of these
-
-
-BETA = Setting(0.1, 0.0, None, open_low=True)
-
-OBJECTIVES: dict[str, Objective] = {
-    "mcpo": Objective("mcpo_jax.objectives.softmax:rnce_loss", {"beta": BETA}),
-    "rnce": Objective(
-        "mcpo_jax.objectives.softmax:rnce_loss",
-        {"beta": BETA},
-        strategy="all",
-        strategies=("all",),
-    ),
-    "cd": Objective(
-        "mcpo_jax.objectives.softmax:cd_loss",
-        {"beta": BETA},
-        strategies=("mc",),
-        replace=True,
-        include_preferred=True,
-    ),
-    "dpo": Objective(
-        "mcpo_jax.objectives.pairwise:dpo_loss",
-        {"beta": BETA, "label_smoothing": Setting(0.0, 0.0, 0.5)},
-        strategy="fixed_worst",
-        pairwise=True,
-    ),
-    "ipo": Objective(
-        "mcpo_jax.objectives.pairwise:ipo_loss",
-        {
-            "beta": BETA,
-            "length_average": Setting(False, choices=(True, False)),
-        },
-        strategy="fixed_worst",
-        pairwise=True,
-    ),
-    "simpo": Objective(
-        "mcpo_jax.objectives.pairwise:simpo_loss",
-        {
-            "beta": Setting(2.0, 0.0, None, open_low=True),
-            "gamma_beta_ratio": Setting(0.5, 0.0),
-        },
-        anchors=(),
-        strategy="fixed_worst",
-        pairwise=True,
-        per_token=True,
-    ),
-    "sft": Objective(
-        "mcpo_jax.objectives.supervised:sft_loss",
-        {},
-        anchors=(),
-        contrast=False,
-        strategy="none",
-        strategies=("none",),
-        reduce="tokens",
-    ),
-}
-
-# Kernel strategy -> does it need the current policy's scores of the pool?
-STRATEGIES = {
-    "mc": True,
-    "max": True,
-    "min": True,
-    "random": False,
-    "fixed_worst": False,
-    "all": False,
-    "none": False,
-}
-SCORES = ("reward", "policy_logp", "reward_per_token", "policy_logp_per_token")
-REWARDS = {"slot_coverage": "mcpo_jax.rewards.slot_coverage:make_slot_coverage"}
 STAGES = ("sft", "preference", "evaluate", "export")
 
 FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
@@ -151,6 +55,27 @@ _OPTIMIZER = {
     "eps": _POSITIVE,
     "max_grad_norm": _POSITIVE,
 }
+
+# Kernel keys that only some strategies read: default and range, readers.
+_KERNEL = {
+    "temperature": (_POSITIVE._replace(default=1.0), ("mc",)),
+    "temperature_schedule": (
+        Setting("constant", choices=("constant", "linear", "geometric")),
+        ("mc",)),
+    "temperature_end": (_POSITIVE._replace(optional=True), ("mc",)),
+    "score": (Setting("reward", choices=SCORES), ("mc", "max", "min")),
+    "include_preferred": (_FLAG, ("mc", "random")),
+    "transition": (
+        Setting("categorical", choices=registry.TRANSITIONS), ("mc",)),
+    "num_steps": (_COUNT._replace(default=1), ("mc",)),
+    "block_size": (_COUNT._replace(optional=True), ("mc",)),
+    "init": (Setting("preferred", choices=registry.INITS), ("mc",)),
+    "repulsion": (_POSITIVE._replace(optional=True), ("mc",)),
+}
+
+# Those that a kernel of the user's own reads.
+_OWN_KERNEL = ("temperature", "temperature_schedule", "temperature_end",
+               "score", "include_preferred")
 
 KEYS: dict[str, Setting] = {
     "seed": Setting(low=0, high=2**32 - 1),
@@ -223,6 +148,7 @@ KEYS: dict[str, Setting] = {
     "evaluation.num_prompts": _or_none(_COUNT),
     "evaluation.num_display": _COUNT,
     "evaluation.patience": _or_none(_COUNT),
+    "evaluation.estimator_every_steps": _or_none(_COUNT),
     "checkpoint.every_steps": Setting(low=1, slug="config.retention"),
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,
@@ -230,26 +156,21 @@ KEYS: dict[str, Setting] = {
     "log.every_steps": _COUNT,
     "log.tensorboard": _FLAG,
     "log.wandb": _FLAG,
+    "compare.rows": _ANY,
+    "compare.reference": _or_none(),
+    "compare.seeds": _ANY,
+    "compare.jobs": _COUNT,
+    "compare.metric": _ANY,
+    "compare.minutes": _or_none(_COUNT),
 } | {
     f"{group}optimizer.{name}": setting
     for group in ("", "sft.")
     for name, setting in _OPTIMIZER.items()
 } | {  # checked by those that read them
     key: _or_none()
-    for key in ("kernel.temperature", "kernel.score",
-                "kernel.include_preferred", *(
-                    f"objective.{name}" for objective in OBJECTIVES.values()
-                    for name in objective.settings))
-}
-
-# Kernel keys that only some strategies read, with their defaults.
-_KERNEL = {
-    "temperature": (Setting(1.0, 0.0, None, open_low=True), ("mc",)),
-    "score": (Setting("reward", choices=SCORES), ("mc", "max", "min")),
-    "include_preferred": (
-        Setting(None, choices=(True, False)),
-        ("mc", "random"),
-    ),
+    for key in (*(f"kernel.{name}" for name in _KERNEL), *(
+        f"objective.{name}" for objective in OBJECTIVES.values()
+        for name in objective.settings))
 }
 
 # Tokens of Hugging Face, OpenAI-like services and GitHub; a Weights & Biases
@@ -258,12 +179,6 @@ _SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{32,}|gh[oprsu]_[A-Za-z0-9]{36})")
 _HEX_KEY = re.compile("[0-9a-f]{40}")
 _COMMITS = ("model.revision", "data.revision")
-
-
-def nearest(name: str, known) -> str:
-  """The known name most like `name`, as a hint, or an empty string."""
-  found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f"did you mean {found[0]!r}?" if found else ""
 
 
 def flatten(tree, prefix: str = "") -> dict[str, Any]:
@@ -287,7 +202,7 @@ def _check(key: str, value: Any, setting: Setting) -> list[errors.McpoError]:
       return [errors.ConfigError(
           setting.slug, "not one of the known values", where=key, got=value,
           want=" | ".join(map(str, setting.choices)),
-          hint=nearest(str(value), map(str, setting.choices)))]
+          hint=errors.nearest(str(value), map(str, setting.choices)))]
     return []
   if setting.low is None:
     return []
@@ -297,10 +212,12 @@ def _check(key: str, value: Any, setting: Setting) -> list[errors.McpoError]:
   low, high = setting.low, setting.high
   bad = (not low <= value < math.inf  # as NaN is
          or (setting.open_low and value == low)
+         or (setting.open_high and value == high)
          or (high is not None and value > high))
   if bad:
     left = f"{'>' if setting.open_low else '>='} {low:g}"
-    right = f" and <= {high:g}" if high is not None else ""
+    right = "" if high is None else (
+        f" and {'<' if setting.open_high else '<='} {high:g}")
     return [errors.ConfigError(
         setting.slug, "out of range", where=key, got=value,
         want=f"finite and {left}{right}")]
@@ -372,7 +289,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   """
   config = {k: dict(v) if isinstance(v, dict) else v
             for k, v in config.items()}
-  flat = flatten(config)
+  flat, known = flatten(config), KEYS | _own_settings(config)
   secrets = [key for key, value in flat.items() if isinstance(value, str) and (
       _SECRET.search(value)
       or key not in _COMMITS and _HEX_KEY.fullmatch(value))]
@@ -381,12 +298,12 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
       hint="give tokens through the environment (HF_TOKEN), never here")
       for key in secrets])
   _raise_all([errors.ConfigError(
-      "config.unknown_key", "no such key", where=key, hint=nearest(key, KEYS))
-      for key in flat if key not in KEYS] + [errors.ConfigError(
+      "config.unknown_key", "no such key", where=key,
+      hint=errors.nearest(key, known)) for key in flat if key not in known] + [errors.ConfigError(
           "config.missing", "the config lacks a key", where=key,
           hint="begin with default.get_config()")
           for key in KEYS if key not in flat])
-  found = [e for key in flat for e in _check(key, flat[key], KEYS[key])]
+  found = [e for key in flat for e in _check(key, flat[key], known[key])]
   found += _check_run(config)
   found += _check_texts(config)
   found += _check_mesh(config)
@@ -399,6 +316,15 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
         "config.precision: weights and moments in bfloat16 lose small updates "
         "(model.param_dtype); log-probs and losses stay float32")
   return config
+
+
+def _own_settings(config: dict[str, Any]) -> dict[str, Setting]:
+  """Keys that only an objective of the user's own takes."""
+  name = str(config["objective"].get("name"))
+  if ":" not in name:
+    return {}
+  return {f"objective.{key}": _or_none()
+          for key in objective_names.find_objective(name).settings}
 
 
 def _raise_all(found: list[errors.McpoError]) -> None:
@@ -414,7 +340,7 @@ def _check_run(config) -> list[errors.McpoError]:
   for stage in unknown:
     found.append(errors.ConfigError(
         "config.range", "unknown stage", where="stages", got=stage,
-        want=" | ".join(STAGES), hint=nearest(stage, STAGES)))
+        want=" | ".join(STAGES), hint=errors.nearest(stage, STAGES)))
   if not unknown and (not stages or list(stages) != sorted(
       set(stages), key=STAGES.index)):
     found.append(errors.ConfigError(
@@ -444,7 +370,7 @@ def _check_run(config) -> list[errors.McpoError]:
     found.append(errors.ConfigError(
         "config.range", "unknown reward", where="reward.name", got=name,
         want=" | ".join(REWARDS) + " | module:function",
-        hint=nearest(name, REWARDS)))
+        hint=errors.nearest(name, REWARDS)))
   if name == "slot_coverage" and not config["reward"]["patterns_path"]:
     found.append(errors.ConfigError(
         "config.missing", "slot_coverage needs its pattern file",
@@ -529,12 +455,11 @@ def _check_mesh(config) -> list[errors.McpoError]:
 def _resolve_objective(config) -> list[errors.McpoError]:
   """Fills objective, kernel and reference from the registry."""
   objective, kernel = config["objective"], config["kernel"]
-  name = objective["name"]
-  if name not in OBJECTIVES:
-    return [errors.ConfigError(
-        "config.range", "unknown objective", where="objective.name", got=name,
-        want=" | ".join(OBJECTIVES), hint=nearest(str(name), OBJECTIVES))]
-  entry, found = OBJECTIVES[name], []
+  name = str(objective["name"])
+  try:
+    entry, found = objective_names.find_objective(name), []
+  except errors.ConfigError as e:
+    return [e]
   for key in [k for k in objective if k != "name"]:
     if key in entry.settings:
       setting = _or_none(entry.settings[key])
@@ -547,41 +472,45 @@ def _resolve_objective(config) -> list[errors.McpoError]:
           where=f"objective.{key}", want=", ".join(entry.settings)))
 
   strategy = kernel["strategy"] or entry.strategy
-  allowed = entry.strategies or tuple(s for s in STRATEGIES if s != "none")
-  if entry.pairwise:
-    allowed = tuple(s for s in allowed if s != "all")
-  if strategy not in allowed:
+  allowed = objective_names.allowed_strategies(entry)
+  if ":" in strategy and entry.strategies is None:
+    try:
+      user_code.read_settings(
+          user_code.find(strategy, where="kernel.strategy"),
+          user_code.KERNEL_ARGUMENTS)
+    except errors.ConfigError as e:
+      return found + [e]
+  elif strategy not in allowed:
     found.append(errors.ConfigError(
         "config.range", f"{name} does not work with it",
         where="kernel.strategy", got=strategy, want=" | ".join(allowed),
-        hint=nearest(strategy, allowed)))
+        hint=errors.nearest(strategy, allowed)))
     return found
   kernel["strategy"] = strategy
   for key, (setting, readers) in _KERNEL.items():
     value = kernel[key]
-    if strategy in readers:
+    if strategy in readers or ":" in strategy and key in _OWN_KERNEL:
       found += _check(f"kernel.{key}", value, _or_none(setting))
       if value is None:
-        kernel[key] = (entry.include_preferred if key == "include_preferred"
-                       else setting.default)
+        kernel[key] = setting.default
     elif value is not None:
       found.append(errors.ConfigError(
           "config.unused", f"strategy {strategy} does not read it",
           where=f"kernel.{key}", got=value, want="leave it out"))
-  kernel["include_preferred"] = bool(kernel["include_preferred"])
+  found += _resolve_chain(config, entry)
   if entry.pairwise and kernel["num_negatives"] != 1:
     found.append(errors.ConfigError(
         "config.range", f"{name} compares one pair",
         where="kernel.num_negatives", got=kernel["num_negatives"], want="1"))
 
-  reads_scores = STRATEGIES[strategy]
+  reads_scores = STRATEGIES.get(strategy, True)
   refresh = str(kernel["refresh"])
   if refresh not in ("step", "epoch") and not re.fullmatch(
       "[1-9][0-9]*", refresh):
     found.append(errors.ConfigError(
         "config.range", "not a rhythm", where="kernel.refresh", got=refresh,
         want="step | epoch | a whole number of steps >= 1",
-        hint=nearest(refresh, ("step", "epoch"))))
+        hint=errors.nearest(refresh, ("step", "epoch"))))
   elif refresh != "step" and not reads_scores:
     found.append(errors.ConfigError(
         "config.unused", f"strategy {strategy} draws without the policy's "
@@ -596,11 +525,24 @@ def _resolve_objective(config) -> list[errors.McpoError]:
           "config.unused", f"strategy {strategy} does not weigh candidates",
           where="proposal.correction", got=True,
           want="kernel.strategy mc, random or all"))
-  needs_reference = bool(entry.anchors) or (
+  every = config["evaluation"]["estimator_every_steps"]
+  if every is not None and (
+      name not in ("mcpo", "cd") or config["proposal"]["correction"]):
+    found.append(errors.ConfigError(
+        "config.unused", "only uncorrected draws of mcpo and cd are compared "
+        "with the whole pool", where="evaluation.estimator_every_steps",
+        got=every, want="None"))
+  needs_weights = bool(registry.FULL_DISTRIBUTION & set(entry.terms))
+  needs_reference = bool(entry.anchors) or needs_weights or (
       reads_scores and str(kernel["score"]).startswith("reward"))
   reference = config["reference"]
   if needs_reference:
-    reference["source"] = reference["source"] or "cached"
+    reference["source"] = reference["source"] or (
+        "resident" if needs_weights else "cached")
+    if needs_weights and reference["source"] == "cached":
+      found.append(errors.ConfigError(
+          "config.conflict", f"{name} reads the reference's whole distribution",
+          where="reference.source", got="cached", want="resident"))
   else:
     for key in ("source", "path"):
       if reference[key] is not None:
@@ -608,6 +550,54 @@ def _resolve_objective(config) -> list[errors.McpoError]:
             "config.unused", f"{name} needs no reference",
             where=f"reference.{key}", got=reference[key], want="None"))
   return found
+
+
+def _resolve_chain(config, entry) -> list[errors.McpoError]:
+  """Settings of a kernel of several steps, with a memory or a schedule."""
+  kernel, found = config["kernel"], []
+
+  def refuse(slug, message, key, want):
+    found.append(errors.ConfigError(
+        slug, message, where=f"kernel.{key}", got=kernel[key], want=want))
+
+  if kernel["transition"] in (None, "categorical"):
+    if kernel["include_preferred"] is None:
+      kernel["include_preferred"] = entry.include_preferred
+  elif kernel["include_preferred"] is False:
+    refuse("config.conflict", f"a {kernel['transition']} chain may stay where "
+           "it stands", "include_preferred", "True, or leave it out")
+  else:
+    kernel["include_preferred"] = True
+  if kernel["transition"] == "self_repellent":
+    kernel["repulsion"] = kernel["repulsion"] or 1.0
+  elif kernel["repulsion"] is not None:
+    refuse("config.unused", "only self_repellent chains read it", "repulsion",
+           "leave it out")
+  if (kernel["num_steps"] or 1) > 1 and kernel["block_size"] is None:
+    refuse("config.missing", "every step needs candidates of its own: on one "
+           "fixed set a second step changes nothing", "block_size",
+           "a whole number, num_steps * block_size <= candidates")
+  constant = kernel["temperature_schedule"] in (None, "constant")
+  if constant != (kernel["temperature_end"] is None):
+    refuse("config.unused" if constant else "config.missing",
+           "temperature_end goes with a temperature_schedule",
+           "temperature_end", "None" if constant else "a number > 0")
+  if has_memory(kernel):
+    if str(kernel["refresh"]) != "step":
+      refuse("config.conflict", "a chain with a memory moves at every step",
+             "refresh", "step")
+    if config["data"]["preferred"] == "top_k":
+      found.append(errors.ConfigError(
+          "config.conflict", "a chain with a memory needs the same preferred "
+          "completion at every visit", where="data.preferred", got="top_k",
+          want="best or index"))
+  return found
+
+
+def has_memory(kernel: dict[str, Any]) -> bool:
+  """Whether a kernel carries state from one visit of an example to the next."""
+  return (kernel.get("init") == "persistent"
+          or kernel.get("transition") == "self_repellent")
 
 
 def _check_lengths(config) -> list[errors.McpoError]:

@@ -7,7 +7,6 @@ that the file imports, JAX first of all, is imported.
 """
 
 import ast
-import difflib
 import functools
 import hashlib
 import importlib
@@ -15,12 +14,13 @@ import math
 import pathlib
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mcpo_jax import errors, registry
 
 OBJECTIVE_ARGUMENTS = ("features", "batch", "state")
+KERNEL_ARGUMENTS = ("key", "state", "scores", "sets")
 
 # What `objective` can declare, with the words that are known.
 _WORDS = {
@@ -115,7 +115,7 @@ def find(
     raise errors.ConfigError(
         "config.range", f"no such function in {path}", where=where,
         got=function, want=" | ".join(known) or "def " + function,
-        hint=nearest(function, known))
+        hint=errors.nearest(function, known))
   return Source(f"{place}:{function}", path, hashlib.sha256(text).hexdigest(),
                 known[function])
 
@@ -286,7 +286,7 @@ def _check_needs(needs, error):
   for name, value in needs.items():
     if name not in known:
       raise error("an objective cannot declare it", got=name,
-                  want=" | ".join(known), hint=nearest(str(name), known))
+                  want=" | ".join(known), hint=errors.nearest(str(name), known))
     if name in _FLAGS and not isinstance(value, bool):
       raise error(name, got=value, want="True or False")
     if name in _PLACES and not isinstance(value, str):
@@ -296,7 +296,7 @@ def _check_needs(needs, error):
     for word in value if name in _LISTS else (value,) * (name in _WORDS):
       if word not in _WORDS[name]:
         raise error(name, got=word, want=" | ".join(_WORDS[name]),
-                    hint=nearest(str(word), _WORDS[name]))
+                    hint=errors.nearest(str(word), _WORDS[name]))
 
 
 _UNREAD = object()
@@ -319,9 +319,3 @@ def _as_setting(default):
   if isinstance(default, str):
     return registry.Setting(default)
   return registry.Setting(optional=True) if default is None else None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-  """The known name most like `name`, as a hint, or an empty string."""
-  found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-  return f"did you mean {found[0]!r}?" if found else ""

@@ -10,16 +10,19 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import commit, errors, settings
+from mcpo_jax import commit, errors, objective_names, registry, settings
 from mcpo_jax.data import audit as audit_lib
-from mcpo_jax.data import packing
+from mcpo_jax.data import mismatched, packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import preferences, samples
 from mcpo_jax.generation import service as service_lib
+from mcpo_jax.kernels import weights
 from mcpo_jax.models import hf
 from mcpo_jax.rewards import functions as rewards
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics, reference, setup
+from mcpo_jax.training import loop, metrics, reference, setup, update
+from mcpo_jax.training import stage as stage_lib
+from mcpo_jax.training import step as step_lib
 
 # --- Verbs ------------------------------------------------------------------
 
@@ -181,7 +184,9 @@ def open_preference_stores(
   data = setup.open_store(
       run, options["path"], options["format"], name="train")
   rows = np.arange(len(data))
-  if settings.OBJECTIVES[run.config["objective"]["name"]].contrast:
+  entry = objective_names.find_objective(
+      run.config["objective"]["name"])
+  if entry.contrast:
     rows = data.contrast_rows()
     if len(rows) < len(data):
       logging.info("%d rows without contrast are not used",
@@ -198,6 +203,12 @@ def open_preference_stores(
         where=f"data.eval_{'path' if other is not None else 'fraction'}",
         want="at least 1")
   rows = setup.trained_rows(run, data, rows, other)
+  if entry.mismatched:
+    same = held is not None and held[0] is data
+    data = mismatched.with_mismatched(data, run.config["seed"])
+    if held is not None:
+      held = (data if same else mismatched.with_mismatched(
+          held[0], run.config["seed"])), held[1]
   if options["preferred"] == "index":
     for row in rows:  # a record that names none is refused before training
       packing.order_candidates(data.candidate_set(int(row)), preferred="index")
@@ -214,7 +225,7 @@ def open_eval_store(run: setup.Run) -> store_lib.Store | None:
 
 
 def open_reference(
-    run: setup.Run, model: loop.Model, start, data: store_lib.Store
+    run: setup.Run, model: stage_lib.Model, start, data: store_lib.Store
 ) -> reference.ReferenceCache:
   """The filled cache of a store."""
   params, model = reference_params(run, model, start)
@@ -227,7 +238,7 @@ def open_reference(
   return cache
 
 
-def reference_params(run: setup.Run, model: loop.Model, start):
+def reference_params(run: setup.Run, model: stage_lib.Model, start):
   """Weights and model of the reference: of reference.path, or the start."""
   path = run.config["reference"]["path"]
   if path is None:
@@ -237,7 +248,7 @@ def reference_params(run: setup.Run, model: loop.Model, start):
   return load(), other
 
 
-def host_token_logps(model: loop.Model, params):
+def host_token_logps(model: stage_lib.Model, params):
   """streams -> [S, T] on the host, with fixed weights."""
   function = jax.jit(model.token_logps)
   return lambda chunk: np.asarray(function(params, model.put(chunk)))
@@ -252,34 +263,33 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   model, start = setup.open_model(run, find_start(run))
   stores = open_preference_stores(run)
   data, rows = stores["train"]
-  stage = setup.stage_of(config, len(rows), supervised=False)
-  stage = stage._replace(
-      refresh=loop.refresh_steps(
-          config["kernel"]["refresh"], len(rows), stage.batch_size),
-      corrected=config["proposal"]["correction"])
+  num_slots = max(d.max_candidates for d, _ in stores.values())
+  stage = setup.stage_of(
+      config, len(rows), supervised=False, num_slots=num_slots)
+  check_pools(config, stores)
   if stage.corrected:
     for store, used in stores.values():
       for row in used:
         batch_lib.behaviour_logps(store, int(row))
-  num_slots = max(d.max_candidates for d, _ in stores.values())
   options = {"seed": stage.seed, "num_slots": num_slots,
              "preferred": config["data"]["preferred"],
              "top_k": config["data"]["top_k"], "behaviour": stage.corrected}
   make_batch = batch_lib.make_batch_fn(
       data, rows, batch_size=stage.batch_size, **options)
-  anchors = make_anchors(run, model, start, stores, make_batch)
+  references = make_references(run, model, start, stores, make_batch)
 
   evaluate = None
   if "eval" in stores:
     evaluate = make_evaluate(
-        run, stage, model, start, *stores["eval"], options, anchors.get("eval"))
+        run, stage, model, start, *stores["eval"], options, references["eval"])
   params, step = loop.train(
       stage, model, make_batch, start, folder, writer,
       setup.schedule_of(config),
       meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "start": hf.params_sha256(start()),
-            "objective": stage.objective},
-      reference_logps=anchors.get("train"), evaluate=evaluate,
+            "objective": stage.objective,
+            "objective_source": objective_names.source_hashes(stage.objective)},
+      reference=references["train"], evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
       and config["reference"]["path"] is None)
   save_model(run, folder / "model", params, model)
@@ -288,14 +298,47 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   return result
 
 
-def make_anchors(run, model, start, stores, make_batch) -> dict[str, Any]:
-  """"train" and "eval": HostBatch -> [B, K] reference log-probs, gated.
+def check_pools(config, stores) -> None:
+  """What the objective and the kernel need of every set, before any training.
 
-  Empty if neither the objective nor the kernel reads a reference.
+  Raises:
+    DataError: data.field_missing, a score that the objective reads is unknown.
+    ConfigError: config.range, no set has candidates enough for the chains.
+  """
+  entry = objective_names.find_objective(config["objective"]["name"])
+  kernel = config["kernel"]
+  steps = (kernel["num_steps"] or 1) * (kernel["block_size"] or 1)
+  negatives = []
+  for data, rows in stores.values():
+    for row in rows if entry.scores or steps > 1 else []:
+      one = data.candidate_set(int(row))
+      own = one.candidate_ids != weights.MISMATCHED_ID
+      if entry.scores and np.isnan(one.scores[own]).any():
+        raise errors.DataError(
+            "data.field_missing", "the objective reads the score of every "
+            "completion", where=f"prompt_id {one.prompt_id}, scores",
+            hint=f"objective.name={config['objective']['name']} needs scores")
+      negatives.append(own.sum() - 1)
+  if negatives and steps > max(negatives):
+    raise errors.ConfigError(
+        "config.range", "num_steps * block_size is more than any set has "
+        "candidates", where="kernel.block_size", got=steps,
+        want=f"at most {max(negatives)}")
+  if negatives and steps > 1:
+    logging.info("%d of %d sets have fewer candidates than the %d of a chain",
+                 np.sum(np.array(negatives) < steps), len(negatives), steps)
+
+
+def make_references(
+    run, model, start, stores, make_batch
+) -> dict[str, stage_lib.Reference]:
+  """For "train" and "eval" what the policy is compared with, gated.
+
+  Nothing if neither the objective nor the kernel reads a reference.
   """
   source = run.config["reference"]["source"]
   if source is None:
-    return {}
+    return dict.fromkeys(("train", "eval"), stage_lib.NO_REFERENCE)
   if source == "resident":
     params, other = reference_params(run, model, start)
     sequence_logps = jax.jit(other.sequence_logps, static_argnums=(2, 3))
@@ -307,7 +350,10 @@ def make_anchors(run, model, start, stores, make_batch) -> dict[str, Any]:
         out = out + sequence_logps(params, other.put(chunk), *shape)
       return np.asarray(out)
 
-    return {name: resident for name in stores}
+    needs_weights = registry.FULL_DISTRIBUTION & set(
+        objective_names.find_objective(run.config["objective"]["name"]).terms)
+    return {name: stage_lib.Reference(resident, params if needs_weights else ())
+            for name in stores}
   caches = {name: open_reference(run, model, start, data)
             for name, (data, _) in stores.items()}
   if run.config["reference"]["path"] is None:
@@ -315,10 +361,11 @@ def make_anchors(run, model, start, stores, make_batch) -> dict[str, Any]:
     reference.check_start(
         caches["train"], make_batch(0), host_token_logps(model, start()),
         model.pack, tolerance=tolerance)
-  return {name: cache.anchor for name, cache in caches.items()}
+  return {name: stage_lib.Reference(cache.anchor)
+          for name, cache in caches.items()}
 
 
-def make_evaluate(run, stage, model, start, data, rows, options, anchor):
+def make_evaluate(run, stage, model, start, data, rows, options, reference):
   """(functions, state) -> metrics on the first held-out prompts.
 
   Each call also writes samples of `evaluation.num_display` prompts, beside
@@ -340,7 +387,7 @@ def make_evaluate(run, stage, model, start, data, rows, options, anchor):
   path = run.workdir / "preference" / "samples.jsonl"
 
   def evaluate(functions, state):
-    out = loop.score_held_out(stage, model, functions, state, held, anchor)
+    out = update.score_held_out(stage, model, functions, state, held, reference)
     per_token = np.ones_like(out.logps)
     if stage.entry.per_token or stage.objective_settings.get("length_average"):
       per_token = np.maximum(out.lengths, 1)
@@ -348,7 +395,7 @@ def make_evaluate(run, stage, model, start, data, rows, options, anchor):
         out.logps / per_token, out.ref_logps / per_token, out.role, out.scores,
         beta=stage.objective_settings.get("beta", 1.0), seed=stage.seed)
     step = int(state.step)
-    service.update(state.params, step)
+    service.update(step_lib.policy_of(state.params), step)
     now = service.generate(shown.tokens, **greedy).text
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [x for x in lines if json.loads(x)["step"] < step] + [
@@ -389,7 +436,7 @@ def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
 
 
 def make_service(
-    run: setup.Run, model: loop.Model, params
+    run: setup.Run, model: stage_lib.Model, params
 ) -> service_lib.GenerationService:
   """The sampler of this run's architecture and tokenizer."""
   length = (run.config["generation"]["max_new_tokens"]
@@ -442,13 +489,19 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       finished(run, "preference"), model.config,
       shardings=model.param_shardings,
       dtype=run.config["model"]["param_dtype"]), 1)
-  shown = {}
+  shown, per_prompt = {}, {}
   for law in laws:
+    after = sample(law)
     compared = samples.compare(
-        before[law], sample(law), prompts.prompts, names=names, seed=seed)
+        before[law], after, prompts.prompts, names=names, seed=seed)
     shown[law or "sampled/"] = compared.pop("samples")
     summary |= {law + name: value for name, value in compared.items()}
+    per_prompt[law.rstrip("/") or "sampled"] = {
+        "prompt_ids": [f"{a:08x}{b:08x}" for a, b in prompts.prompt_ids],
+        "start": before[law].scores.mean(1).tolist(),
+        "aligned": after.scores.mean(1).tolist()}
   done.parent.mkdir(exist_ok=True)
+  commit.write_file(done.with_name("scores.json"), json.dumps(per_prompt))
   commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
   commit.write_file(done, json.dumps(summary, indent=1))
   writer.write("evaluate", 0, {

@@ -9,14 +9,15 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
-    {"types", "errors", "commit", "faults", "registry", "settings"},
+    {"types", "errors", "commit", "faults", "registry", "settings",
+     "user_code", "objective_names"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},
     {"generation", "rewards", "checkpoints"},
     {"training", "evaluation"},
     {"verbs"},
-    {"main"},
+    {"main", "compare"},
     {"__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

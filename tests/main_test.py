@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from configs import default
-from mcpo_jax import errors, main, settings
+from mcpo_jax import errors, main, registry, settings
 from mcpo_jax.data import readers, tokenizer
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.training import setup
@@ -218,13 +218,13 @@ def test_every_key_of_the_default_config_has_a_range_and_no_other_has():
 def test_known_names_are_those_of_the_readers_and_the_models():
   assert set(settings.FORMATS) == {"auto", *readers.READERS}
   assert set(settings.FAMILIES) == set(config_lib.FAMILIES)
-  for place in [o.place for o in settings.OBJECTIVES.values()] + list(
-      settings.REWARDS.values()):
+  for place in [o.place for o in registry.OBJECTIVES.values()] + list(
+      registry.REWARDS.values()):
     assert importlib.util.find_spec(place.split(":")[0])
 
 
 def test_every_key_is_read_somewhere():
-  """By its name, as a word or an argument of the code outside settings.py."""
+  """By its name, as a word, an argument or a field outside settings.py."""
   words = set()
   for file in (ROOT / "mcpo_jax").rglob("*.py"):
     if file.name != "settings.py":
@@ -233,6 +233,8 @@ def test_every_key_is_read_somewhere():
           words.add(node.value)
         elif isinstance(node, ast.arg):
           words.add(node.arg)
+        elif isinstance(node, ast.AnnAssign):  # a field of a named tuple
+          words.add(getattr(node.target, "id", None))
   parts = {part for key in settings.KEYS for part in key.split(".")}
   assert not parts - words
 

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcpo_jax import sharding, types
+from mcpo_jax import objective_names, sharding, types
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop
+from mcpo_jax.training import stage as stage_lib
 
 VOCAB = 37
 OPTIMIZER = {
@@ -19,7 +19,7 @@ OPTIMIZER = {
 
 
 def make_model(*, num_streams=8, stream_length=48, devices=1, data=-1, fsdp=1,
-               tensor=1, dtype=jnp.float32) -> loop.Model:
+               tensor=1, dtype=jnp.float32) -> stage_lib.Model:
   """Two layers of width 16 on the first `devices` simulated devices."""
   config = config_lib.ModelConfig(
       family="llama", vocab_size=VOCAB + 3, hidden_size=16, num_layers=2,
@@ -32,11 +32,11 @@ def make_model(*, num_streams=8, stream_length=48, devices=1, data=-1, fsdp=1,
   shapes = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
-  return loop.Model(config, mesh, shapes, dtype, "none", num_streams,
+  return stage_lib.Model(config, mesh, shapes, dtype, "none", num_streams,
                     stream_length, 0)
 
 
-def init(model: loop.Model, seed: int = 0) -> types.Params:
+def init(model: stage_lib.Model, seed: int = 0) -> types.Params:
   """Random weights, larger than usual so that candidates differ."""
   dtype = jax.tree.leaves(model.param_shapes)[0].dtype
 
@@ -76,11 +76,12 @@ def host_batch(sets: list[types.CandidateSet], num_slots: int
 
 
 def stage(objective="mcpo", *, num_steps=4, batch_size=5, beta=0.3,
-          optimizer=None, **kernel) -> loop.Stage:
+          optimizer=None, **kernel) -> stage_lib.Stage:
   """Settings of a small run."""
   settings = {} if objective == "sft" else {"beta": beta}
-  return loop.Stage(
-      "preference", objective, settings,
+  return stage_lib.Stage(
+      "preference", objective, objective_names.find_objective(objective),
+      settings,
       {"strategy": "mc", "score": "reward", "temperature": 1.0,
        "num_negatives": 1, "include_preferred": False} | kernel,
       optimizer or OPTIMIZER, num_steps, batch_size, 11)

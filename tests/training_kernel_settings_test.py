@@ -6,9 +6,11 @@ import pytest
 import training_cases as cases
 
 from configs import default
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, settings, types
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics
+from mcpo_jax.training import loop, metrics, update
+from mcpo_jax.training import stage as stage_lib
+from mcpo_jax.training import step as step_lib
 
 B, K, M = 4, 6, 2
 
@@ -35,10 +37,10 @@ def pool_logps(model, score, params, batch):
 
 
 def test_rhythms_in_steps():
-  assert loop.refresh_steps("step", 10, 4) == 1
-  assert loop.refresh_steps("1", 10, 4) == 1  # the same in every respect
-  assert loop.refresh_steps("20", 10, 4) == 20
-  assert loop.refresh_steps("epoch", 10, 4) == 3
+  assert stage_lib.refresh_steps("step", 10, 4) == 1
+  assert stage_lib.refresh_steps("1", 10, 4) == 1  # the same in every respect
+  assert stage_lib.refresh_steps("20", 10, 4) == 20
+  assert stage_lib.refresh_steps("epoch", 10, 4) == 3
 
 
 def test_a_window_is_drawn_by_the_weights_of_its_start():
@@ -46,9 +48,10 @@ def test_a_window_is_drawn_by_the_weights_of_its_start():
   model = cases.make_model()
   stage = stage_of("cd", refresh=3, num_negatives=M, temperature=2.0,
                    optimizer=cases.OPTIMIZER | {"learning_rate": 0.1})
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   state = functions.init(cases.init(model))
 
+  @stage_lib.Reference
   def anchor(batch):
     rng = np.random.default_rng(batch.meta.example_id[0])
     return rng.normal(-20, 2, (B, K)).astype(np.float32)
@@ -57,14 +60,15 @@ def test_a_window_is_drawn_by_the_weights_of_its_start():
     """What the weights draw for every step of the window."""
     out = []
     for step in range(3):
-      batch = loop.with_anchors(make_batch(step), anchor)
+      batch = update.with_anchors(make_batch(step), stage, anchor)
       logps = pool_logps(model, functions.score, params, batch)
-      drawn, sets, seen = functions.draw(stage.seed, logps, batch.meta)
+      drawn, sets, _, seen = functions.draw(
+          stage.seed, step, (), logps, batch.meta)
       out.append((drawn, sets.anchors["preferred_weight"], seen))
     return jax.device_get(out)
 
   before = fresh(state.params)
-  state = loop.draw_window(
+  state = update.draw_window(
       stage, model, functions, state, make_batch, anchor)
   recalled = []
   for step in range(3):
@@ -73,7 +77,7 @@ def test_a_window_is_drawn_by_the_weights_of_its_start():
         state.draws, state.step, model.put_replicated(batch.meta))
     recalled.append(jax.device_get(
         (drawn, sets.anchors["preferred_weight"], seen)))
-    state, row = loop.run_step(
+    state, row = update.run_step(
         stage, model, functions, state, batch, anchor)
     assert row["finite"] and "kernel/ess" in row
   jax.tree.map(np.testing.assert_array_equal, before, recalled)
@@ -107,7 +111,7 @@ def train(folder, model, reference, *, patience=None, shift=0.0):
   params, step = loop.train(
       stage, model, make_batch, lambda: cases.init(model), folder,
       metrics.Writer(folder), schedule, meta={},
-      reference_logps=lambda b: reference(b) + columns,
+      reference=stage_lib.Reference(lambda b: reference(b) + columns),
       evaluate=(lambda *_: {"eval/loss": 1.0, "eval/accuracy": 0.5}
                 ) if patience else None,
       expect_start=True)
@@ -157,8 +161,9 @@ def anchored(ref, q):
   """The batch of step 0 with log-probs of the reference and of the law."""
   batch = make_batch(0)
   meta = batch.meta._replace(anchors={"proposal_q": q.astype(np.float32)})
-  return loop.with_anchors(
-      batch._replace(meta=meta), lambda b: ref.astype(np.float32)).meta
+  return update.with_anchors(
+      batch._replace(meta=meta), stage_of(),
+      stage_lib.Reference(lambda b: ref.astype(np.float32))).meta
 
 
 def test_corrected_rnce_weights_are_those_of_log_mu_minus_log_q():
@@ -166,11 +171,13 @@ def test_corrected_rnce_weights_are_those_of_log_mu_minus_log_q():
   logps, ref, q = rng.normal(-9, 2, (3, B, K))
   stage = stage_of("rnce", strategy="all", corrected=True)
   model = cases.make_model()
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   sets = anchored(ref, q)
-  drawn, sets, _ = functions.draw(stage.seed, logps.astype(np.float32), sets)
+  logps = logps.astype(np.float32)
+  drawn, sets, *_ = functions.draw(stage.seed, 0, (), logps, sets)
   cotangent, total, _ = functions.cotangents(
-      cases.init(model), logps.astype(np.float32), sets, drawn, ())
+      cases.init(model), types.Features(logps),
+      step_lib.Inputs(sets, drawn, (), 0))
 
   beta = stage.objective_settings["beta"]
   logits = beta * (logps - ref) + ref - q
@@ -180,7 +187,7 @@ def test_corrected_rnce_weights_are_those_of_log_mu_minus_log_q():
   chosen = np.arange(K) == 0
   np.testing.assert_allclose(total.loss, -np.log(w[:, 0]), rtol=1e-4)
   np.testing.assert_allclose(
-      np.asarray(cotangent) * B / beta, w - chosen, atol=1e-5)
+      np.asarray(cotangent.logps) * B / beta, w - chosen, atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["mc", "random"])
@@ -193,11 +200,12 @@ def test_a_corrected_draw_from_q_is_the_plain_draw_from_mu(strategy):
   out = []
   for corrected, copies in ((True, from_q), (False, from_mu), (False, from_q)):
     stage = stage_of(corrected=corrected, strategy=strategy, num_negatives=M)
-    functions = loop.make_functions(stage, cases.make_model())
+    functions = stage_lib.make_functions(stage, cases.make_model())
     sets = anchored(ref, np.log(from_q))._replace(multiplicity=copies)
     sets.anchors["proposal_mu"] = np.log(from_mu).astype(np.float32)
-    drawn, sets, seen = functions.draw(stage.seed, logps, sets)
-    loss, _ = functions.evaluate(logps, sets, drawn, ())
+    drawn, sets, _, seen = functions.draw(stage.seed, 0, (), logps, sets)
+    loss, _ = functions.evaluate(
+        types.Features(logps), step_lib.Inputs(sets, drawn, (), 0))
     out.append((drawn.selected, loss, seen["kernel/ess"]))
   for got, want in zip(out[0], out[1]):
     np.testing.assert_allclose(got, want, rtol=1e-5)

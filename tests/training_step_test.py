@@ -7,24 +7,26 @@ import pytest
 import training_cases as cases
 
 from mcpo_jax import errors
-from mcpo_jax.training import loop
+from mcpo_jax.training import loop, update
+from mcpo_jax.training import stage as stage_lib
 
 
 def reference_of(batch):
   """Some fixed anchors, different for every candidate."""
   rng = np.random.default_rng(5)
-  return lambda b: rng.normal(-20, 2, b.meta.role.shape).astype(np.float32)
+  return stage_lib.Reference(
+      lambda b: rng.normal(-20, 2, b.meta.role.shape).astype(np.float32))
 
 
 def run(stage, model, *, sets=None, steps=1, seed=3):
   rng = np.random.default_rng(seed)
   sets = sets or [cases.candidate_set(rng, i + 1, 3 + i) for i in range(5)]
   batch = cases.host_batch(sets, 8)
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   state = functions.init(cases.init(model))
   out = []
   for _ in range(steps):
-    state, metrics = loop.run_step(
+    state, metrics = update.run_step(
         stage, model, functions, state, batch, reference_of(batch))
     out.append(jax.device_get(metrics))
   return jax.device_get(state), out, functions
@@ -63,12 +65,8 @@ def test_cotangents_give_the_gradient_of_the_fused_path(x64):
                       optimizer=cases.OPTIMIZER | SMALL)
   model = cases.make_model(num_streams=1, dtype=jnp.float64)
   fused, (a,), _ = run(stage, model)
-  entry = loop.settings.OBJECTIVES["dpo"]
-  loop.settings.OBJECTIVES["dpo"] = entry._replace(separable=False)
-  try:
-    other, (b,), functions = run(stage, model)
-  finally:
-    loop.settings.OBJECTIVES["dpo"] = entry
+  other, (b,), functions = run(stage._replace(
+      entry=stage.entry._replace(separable=False)), model)
   assert functions.from_cotangents._cache_size() == 1
   np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-6)
   assert_trees_close(fused.params, other.params, 1e-9)
@@ -80,13 +78,14 @@ def test_loss_of_equal_policy_and_reference_is_log_of_one_plus_negatives():
   rng = np.random.default_rng(3)
   batch = cases.host_batch(
       [cases.candidate_set(rng, i + 1, 4) for i in range(3)], 8)
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   state = functions.init(cases.init(model))
-  anchor = loop.score_chunks(
+  anchor = update.score_chunks(
       model, functions, state.params, batch, model.put_replicated(batch.meta),
       model.pack_all(batch))
-  _, metrics = loop.run_step(stage, model, functions, state, batch,
-                             lambda b: np.asarray(anchor))
+  _, metrics = update.run_step(
+      stage, model, functions, state, batch,
+      stage_lib.Reference(lambda b: np.asarray(anchor.logps)))
   np.testing.assert_allclose(metrics["loss"], np.log(3), rtol=1e-5)
   np.testing.assert_allclose(metrics["kernel/ess"], 3, rtol=1e-4)
 
@@ -103,7 +102,7 @@ def test_meshes_agree(mesh):
 
 def test_moments_lie_where_their_parameters_lie():
   model = cases.make_model(devices=8, data=1, fsdp=8)
-  functions = loop.make_functions(cases.stage(), model)
+  functions = stage_lib.make_functions(cases.stage(), model)
   state = functions.init(cases.init(model))
   up = state.params["layers"]["mlp"]["up_proj"]["kernel"]
   moments = [x for x in jax.tree.leaves(state.opt_state) if x.shape == up.shape]
@@ -115,13 +114,13 @@ def test_moments_lie_where_their_parameters_lie():
 
 def test_each_function_is_traced_once_whatever_the_batch_looks_like():
   model, stage = cases.make_model(num_streams=2), cases.stage()
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   state = functions.init(cases.init(model))
   for step in range(3):
     rng = np.random.default_rng(step)
     batch = cases.host_batch(
         [cases.candidate_set(rng, i, 2 + (i + step) % 6) for i in range(5)], 8)
-    state, _ = loop.run_step(
+    state, _ = update.run_step(
         stage, model, functions, state, batch, reference_of(batch))
   for name in ("score", "draw", "cotangents", "from_cotangents", "update"):
     assert getattr(functions, name)._cache_size() == 1, name
@@ -142,17 +141,17 @@ def test_padded_candidates_of_another_row_have_no_gradient():
   rng = np.random.default_rng(0)
   one = cases.candidate_set(rng, 1, 5)
   batch = cases.host_batch([one], 6)
-  functions = loop.make_functions(stage, model)
-  drawn, _, _ = functions.draw(
-      0, jnp.zeros((1, 6)), model.put_replicated(batch.meta))
-  (slots,) = loop.drawn_slots(drawn, batch, contrast=True)
+  functions = stage_lib.make_functions(stage, model)
+  drawn, *_ = functions.draw(
+      0, 0, (), jnp.zeros((1, 6)), model.put_replicated(batch.meta))
+  (slots,) = update.drawn_slots(drawn, batch, contrast=True)
   worst = batch.order[0].index(int(np.argmin(one.scores)))
   assert list(slots) == [0, worst]
 
 
 def test_a_non_finite_batch_stops_and_leaves_the_weights():
   model, stage = cases.make_model(), cases.stage()
-  functions = loop.make_functions(stage, model)
+  functions = stage_lib.make_functions(stage, model)
   rng = np.random.default_rng(3)
   batch = cases.host_batch(
       [cases.candidate_set(rng, i + 1, 4) for i in range(3)], 8)
@@ -164,8 +163,8 @@ def test_a_non_finite_batch_stops_and_leaves_the_weights():
     anchor[1, 0] = np.nan
     return anchor
 
-  state, metrics = loop.run_step(
-      stage, model, functions, state, batch, poisoned)
+  state, metrics = update.run_step(
+      stage, model, functions, state, batch, stage_lib.Reference(poisoned))
   with pytest.raises(errors.NonFiniteError) as caught:
     loop.check_finite(jax.device_get(metrics), batch, 0)
   assert caught.value.slug == "train.non_finite"

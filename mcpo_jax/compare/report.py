@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from mcpo_jax import commit
-from mcpo_jax.compare import results
+from mcpo_jax.compare import results, runs
 from mcpo_jax.compare.results import Outcome
 from mcpo_jax.compare.rows import Overrides
 from mcpo_jax.evaluation import comparison, plots, statistics
@@ -132,21 +132,22 @@ def markdown(
   """The table, and what one must know to read it."""
   outcomes = [line.outcome for line in lines]
   seeds = list(dict.fromkeys(s for o in outcomes for s in o.row.seeds))
-  cells = sum(len(o.row.seeds) * len(o.row.trials) for o in outcomes)
+  cells = [c for o in outcomes for trial in o.row.cells for c in trial]
+  done = sum(runs.finished(cell, metric) for cell in cells)
   tests = sum(not math.isnan(line.difference.p) for line in lines)
   split = any(len(o.row.trials) > 1 for o in outcomes)
   prompts = {len(r.scores) for o in outcomes for r in o.results.values()} - {0}
   out = [
       f"# {metric} of {len(lines)} rows", "", f"Command: `{command}`", "",
-      f"{_versions()}; {cells} runs"
+      f"{_versions()}; {done} of {len(cells)} runs"
       + "".join(f"; {n} held-out prompts" for n in sorted(prompts))
-      + ". Rows share start, data and order of the data seed by seed, and "
-      "differ in the settings named below only. ± is the half width of a 95 % "
-      "t interval over seeds. Differences are to "
-      f"“{reference}”, paired by seed; p is two-sided, of a t test, "
-      f"beside it as Holm adjusts it for {tests} tests. The last column is the "
-      "same difference over prompts, seeds averaged, with its 95 % bootstrap "
-      "interval.", ""]
+      + ". Seed by seed, rows share the start, the data and its order, and "
+      "differ in the settings named below only. Behind ± is the half width of "
+      "a 95 % t interval over seeds. Differences are to "
+      f"“{reference}”, paired by seed; p is that of a two-sided t test, "
+      f"then as Holm adjusts it (tests: {tests}). The last column is the same "
+      "difference over prompts, averaged over seeds first, with its 95 % "
+      "bootstrap interval.", ""]
   if split:
     out += [
         f"Every row had {len(outcomes[0].row.trials)} trials; the one with the "
@@ -166,7 +167,7 @@ def markdown(
                  "over prompts"], table)
 
   out += ["## Other figures", ""]
-  shown = [key for key in FIGURES if any(
+  shown = [key for key in FIGURES if key != metric and any(
       key in r.summary for o in outcomes for r in o.results.values())]
   out += _table(["row", *(FIGURES[key] for key in shown)], [[
       o.row.name, *(_pm(comparison.estimate(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mcpo_jax import errors
+from mcpo_jax.kernels import weights
 from mcpo_jax.types import CandidateSet, SetBatch, Streams
 
 
@@ -24,13 +25,15 @@ def roles(candidate_set: CandidateSet, preferred: int) -> np.ndarray:
 
   Returns:
     [K] int8: +1 the preferred, -1 strictly below it (or every other one where
-    the preferred has no score), 0 level with it, above it, or unknown.
+    the preferred has no score), 0 level with it, above it, unknown, or written
+    for another prompt.
   """
   scores = candidate_set.scores
   if np.isnan(scores[preferred]):
     role = np.full(len(scores), -1, np.int8)
   else:
     role = np.where(scores < scores[preferred], -1, 0).astype(np.int8)
+  role[candidate_set.candidate_ids == weights.MISMATCHED_ID] = 0
   role[preferred] = 1
   return role
 

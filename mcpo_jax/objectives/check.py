@@ -306,9 +306,10 @@ def _learning(case):
 
 def _separable(case):
   logps = case.inputs.features.logps
-  scale = np.linspace(0.2, 3.0, logps.size).reshape(logps.shape)
-  for row in range(_ALONE):
-    moved = scale * logps
+  rng = np.random.default_rng(1)
+  for row in [*range(_ALONE)] * 3:
+    # Far enough to change every rank among the rows now and then.
+    moved = rng.uniform(0.0, 5.0, logps.shape) * logps
     moved[row] = logps[row]
     got = case.evaluate(_with_logps(case.inputs, moved))
     problem = (

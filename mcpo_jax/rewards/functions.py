@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, registry
 
 Reward = Callable[..., Sequence[float]]
 
@@ -22,7 +22,7 @@ def load_reward(name: str, **arguments: Any) -> Reward:
   """Finds a reward.
 
   Args:
-    name: one of `settings.REWARDS`, whose factory is called with `arguments`;
+    name: one of `registry.REWARDS`, whose factory is called with `arguments`;
       or "module:function", which names the reward itself.
     **arguments: what the factory takes, for example `patterns_path`; None
       stands for not given.
@@ -35,7 +35,7 @@ def load_reward(name: str, **arguments: Any) -> Reward:
       arguments are not those of the factory.
   """
   arguments = {k: v for k, v in arguments.items() if v is not None}
-  place = settings.REWARDS.get(name, name)
+  place = registry.REWARDS.get(name, name)
   module, _, attribute = place.partition(":")
   try:
     if not (module and attribute):
@@ -49,9 +49,9 @@ def load_reward(name: str, **arguments: Any) -> Reward:
         f"cannot load the reward: {e}",
         where="reward.name",
         got=name,
-        want=f"{', '.join(settings.REWARDS)} or module:function",
+        want=f"{', '.join(registry.REWARDS)} or module:function",
     ) from e
-  if name in settings.REWARDS:
+  if name in registry.REWARDS:
     return function(**arguments)
   if arguments:
     raise errors.ConfigError(

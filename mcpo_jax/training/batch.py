@@ -48,7 +48,8 @@ def make_batch_fn(
     picked, visits = batches.example_indices(
         step, batch_size=batch_size, num_examples=len(rows), seed=seed)
     return collect(data, rows[picked], visits, seed=seed, num_slots=num_slots,
-                   preferred=preferred, top_k=top_k, behaviour=behaviour)
+                   preferred=preferred, top_k=top_k, behaviour=behaviour,
+                   places=picked)
 
   return make_batch
 
@@ -64,8 +65,11 @@ def collect(
     top_k: int | None,
     behaviour: bool = False,
     batch_size: int | None = None,
+    places: np.ndarray | None = None,
 ) -> HostBatch:
   """The HostBatch of given rows; padded with empty rows up to `batch_size`.
+
+  `places` are the examples' own among those trained on, None of held-out ones.
 
   With `behaviour` the anchor "proposal_q" holds the records' column
   `behaviour_logps`.
@@ -80,7 +84,8 @@ def collect(
   order = [packing.order_candidates(
       s, preferred=preferred, top_k=top_k or 1, noise=n)[0]
            for s, n in zip(sets, noise)]
-  meta = packing.make_set_batch(sets, visits, num_slots=num_slots, order=order)
+  meta = packing.make_set_batch(
+      sets, visits, num_slots=num_slots, order=order, rows=places)
   if behaviour:
     q = np.zeros(meta.role.shape, np.float32)
     for b, (row, slots) in enumerate(zip(rows, order)):
@@ -90,7 +95,9 @@ def collect(
   if missing:
     meta = jax.tree.map(
         lambda x: np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1)), meta)
-    meta = meta._replace(multiplicity=np.maximum(meta.multiplicity, 1))
+    meta = meta._replace(
+        multiplicity=np.maximum(meta.multiplicity, 1),
+        row=np.where(np.arange(batch_size) < len(sets), meta.row, -1))
   return HostBatch(np.asarray(rows), sets, order, meta)
 
 

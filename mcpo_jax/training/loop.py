@@ -1,10 +1,8 @@
 """One stage of training: restore, step, log, evaluate, save.
 
-Read `train` from top to bottom; `run_step` is one update.
+Read `train` from top to bottom; `update.run_step` is one update.
 """
 
-import functools
-import importlib
 import pathlib
 import sys
 import time
@@ -17,92 +15,18 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import checkpoints, errors, faults, settings, sharding, types
-from mcpo_jax.data import packing
-from mcpo_jax.models import config as model_config
-from mcpo_jax.models import scoring
+from mcpo_jax import checkpoints, errors, faults, registry, types
 from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import estimator, update
 from mcpo_jax.training import metrics as metrics_lib
-from mcpo_jax.training import optimizer as optimizer_lib
 from mcpo_jax.training import step as step_lib
-
-
-class Model(NamedTuple):
-  """What all stages share: the architecture, where it lies, how it is fed."""
-
-  config: model_config.ModelConfig
-  mesh: jax.sharding.Mesh
-  param_shapes: Any  # tree of ShapeDtypeStruct with shardings
-  compute_dtype: Any
-  remat: str
-  num_streams: int  # of a chunk
-  stream_length: int
-  pad_id: int
-
-  @property
-  def param_shardings(self) -> Any:
-    return jax.tree.map(lambda x: x.sharding, self.param_shapes)
-
-  def pack(self, sets, slots, order) -> list[types.Streams]:
-    """Chunks of one shape; see `packing.pack_streams`."""
-    return packing.pack_streams(
-        sets, slots, order, num_streams=self.num_streams,
-        stream_length=self.stream_length, pad_id=self.pad_id)
-
-  def pack_all(self, batch: batch_lib.HostBatch) -> list[types.Streams]:
-    """Chunks with every candidate of a batch."""
-    everything = [list(range(len(o))) for o in batch.order]
-    return self.pack(batch.sets, everything, batch.order)
-
-  def put(self, streams: types.Streams) -> types.Streams:
-    """A chunk on the devices, streams split over data and fsdp."""
-    return sharding.put_global(streams, sharding.batch_sharding(self.mesh))
-
-  def put_replicated(self, tree: Any) -> Any:
-    """Set metadata, whole on every device."""
-    return sharding.put_global(tree, sharding.replicated(self.mesh))
-
-  def no_logps(self, batch: batch_lib.HostBatch) -> jax.Array:
-    """[B, K] zeros, to add chunks to."""
-    dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
-    return jax.device_put(jnp.zeros(batch.meta.role.shape, dtype),
-                          sharding.replicated(self.mesh))
-
-  def token_logps(self, params, streams):
-    """[S, T] float32; see `scoring.token_logps`."""
-    return scoring.token_logps(
-        params, self.config, streams, compute_dtype=self.compute_dtype,
-        remat=self.remat)
-
-  def sequence_logps(self, params, streams, num_sets, num_slots):
-    """[B, K] float32, 0 for what is not in the streams."""
-    return scoring.sequence_logps(
-        self.token_logps(params, streams), streams, num_sets=num_sets,
-        num_slots=num_slots)
-
-
-class Stage(NamedTuple):
-  """Plain settings of one stage, from the resolved config."""
-
-  name: str
-  objective: str
-  objective_settings: dict[str, Any]
-  kernel: dict[str, Any]  # strategy, score, temperature, ...
-  optimizer: dict[str, Any]
-  num_steps: int
-  batch_size: int
-  seed: int
-  refresh: int = 1  # steps that a draw of negatives lasts
-  corrected: bool = False  # log mu - log q on every candidate
-
-  @property
-  def entry(self) -> settings.Objective:
-    return settings.OBJECTIVES[self.objective]
-
-  @property
-  def scores_pool(self) -> bool:
-    """Whether the current policy scores the pool before the draw."""
-    return settings.STRATEGIES[self.kernel["strategy"]]
+from mcpo_jax.training.stage import (
+    NO_REFERENCE,
+    Model,
+    Reference,
+    Stage,
+    make_functions,
+)
 
 
 class Schedule(NamedTuple):
@@ -114,209 +38,7 @@ class Schedule(NamedTuple):
   evaluate_every: int
   patience: int | None
   keep_best: bool
-
-
-def refresh_steps(text: str, num_examples: int, batch_size: int) -> int:
-  """Steps that a draw lasts, of "step", "epoch" or a whole number."""
-  if text == "epoch":
-    return -(-num_examples // batch_size)
-  return 1 if text == "step" else int(text)
-
-
-def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
-  """The jitted functions of a stage."""
-  entry, options = stage.entry, dict(stage.optimizer)
-  schedule = optimizer_lib.make_schedule(
-      schedule=options.pop("schedule"),
-      learning_rate=options.pop("learning_rate"),
-      warmup_ratio=options.pop("warmup_ratio"), num_steps=stage.num_steps)
-  tx = optimizer_lib.make_optimizer(schedule=schedule, **options)
-  module, function = entry.place.split(":")
-  bound = dict(stage.objective_settings)
-  if stage.objective == "cd":
-    bound["include_preferred"] = stage.kernel["include_preferred"]
-  if stage.corrected:  # a draw by weight has used the correction, as log m
-    bound["corrected"] = stage.kernel["strategy"] == "all"
-  objective = functools.partial(
-      getattr(importlib.import_module(module), function), **bound)
-  return step_lib.make_step_functions(
-      model.sequence_logps, objective, tx, schedule,
-      strategy=stage.kernel["strategy"], score=stage.kernel["score"],
-      temperature=stage.kernel["temperature"],
-      num_negatives=stage.kernel["num_negatives"],
-      include_preferred=stage.kernel["include_preferred"],
-      replace=entry.replace, corrected=stage.corrected,
-      preferred_weight="include_preferred" in bound
-      and not bound["include_preferred"],
-      refresh=stage.refresh, batch_size=stage.batch_size,
-      beta=stage.objective_settings.get("beta", 1.0),
-      reduce=entry.reduce, param_shapes=model.param_shapes,
-      replicated=sharding.replicated(model.mesh))
-
-
-def run_step(
-    stage: Stage,
-    model: Model,
-    functions: step_lib.StepFunctions,
-    state: step_lib.TrainState,
-    batch: batch_lib.HostBatch,
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
-) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
-  """One update on one batch: score, draw, pack, gradient, apply.
-
-  Where a draw lasts several steps it was made by `draw_window`.
-  """
-  batch = with_anchors(batch, reference_logps)
-  sets = model.put_replicated(batch.meta)
-  logps = model.no_logps(batch)
-  scored = stage.scores_pool and stage.refresh == 1
-  pool = model.pack_all(batch) if scored else []
-  if scored:
-    logps = score_chunks(model, functions, state.params, batch, sets, pool)
-  if stage.refresh == 1:
-    drawn, sets, info = functions.draw(stage.seed, logps, sets)
-  else:
-    drawn, sets, info = functions.recall(state.draws, state.step, sets)
-  slots = drawn_slots(drawn, batch, contrast=stage.entry.contrast)
-  chunks = model.pack(batch.sets, slots, batch.order)
-
-  faults.point("step.drawn")
-  present = [np.isin(np.arange(len(batch.meta.role)), c.prompt_slot)
-             for c in chunks]
-  uncut = np.sum(present, axis=0).max(initial=0) <= 1
-  objective_state = state.objective_state
-  if not scored and uncut and (
-      stage.entry.separable or len(chunks) == 1):
-    total = functions.zeros(
-        state.params, logps, sets, drawn, objective_state)
-    for i, (chunk, here) in enumerate(zip(chunks, present)):
-      faults.point("step.accumulate" if i else "step.first_chunk")
-      total, objective_state = functions.from_loss(
-          state.params, total, model.put(chunk), sets, drawn,
-          objective_state, here)
-  else:
-    if not scored:
-      logps = score_chunks(model, functions, state.params, batch, sets, chunks)
-    cotangent, total, objective_state = functions.cotangents(
-        state.params, logps, sets, drawn, objective_state)
-    for i, chunk in enumerate(chunks):
-      faults.point("step.accumulate" if i else "step.first_chunk")
-      total = functions.from_cotangents(
-          state.params, total, model.put(chunk), cotangent)
-  state, metrics = functions.update(
-      state, total, sets, drawn, objective_state)
-  used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
-  return state, metrics | info | {
-      "tokens": used, "perf/pad_fraction": packing.pad_fraction(pool + chunks)}
-
-
-def draw_window(
-    stage: Stage,
-    model: Model,
-    functions: step_lib.StepFunctions,
-    state: step_lib.TrainState,
-    make_batch: Callable[[int], batch_lib.HostBatch],
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
-) -> step_lib.TrainState:
-  """Draws the negatives of the next `stage.refresh` steps, all by the weights
-  of now, and puts them into the state."""
-  step, draws = int(state.step), state.draws
-  rows = range(min(stage.refresh, stage.num_steps - step))
-  for row in tqdm(rows, desc="draws", unit="step", leave=False,
-                  disable=not sys.stderr.isatty()):
-    batch = with_anchors(make_batch(step + row), reference_logps)
-    sets = model.put_replicated(batch.meta)
-    logps = score_chunks(model, functions, state.params, batch, sets,
-                         model.pack_all(batch))
-    draws = functions.keep(
-        draws, row, *functions.draw(stage.seed, logps, sets))
-  return state._replace(draws=draws)
-
-
-def score_chunks(
-    model: Model,
-    functions: step_lib.StepFunctions,
-    params: types.Params,
-    batch: batch_lib.HostBatch,
-    sets: types.SetBatch,
-    chunks: list[types.Streams],
-) -> jax.Array:
-  """[B, K] log-probs of what stands in the chunks, without gradient."""
-  logps = model.no_logps(batch)
-  for chunk in chunks:
-    logps += functions.score(params, model.put(chunk), sets)
-  return logps
-
-
-def drawn_slots(
-    drawn: types.KernelState, batch: batch_lib.HostBatch, *, contrast: bool
-) -> list[np.ndarray]:
-  """Per set the slots whose tokens the gradient needs, ascending.
-
-  None for a set whose chains drew no negative: it has no gradient.
-  """
-  slots, mask = jax.device_get(drawn)
-  out = []
-  for b in range(len(batch.sets)):
-    negatives = np.unique(slots[b][mask[b]]).tolist()
-    out.append([0, *negatives] if negatives or not contrast else [])
-  return out
-
-
-class HeldOut(NamedTuple):
-  """What a policy makes of held-out sets, in host arrays."""
-
-  loss: float  # of the objective, negatives drawn as at a first visit
-  logps: np.ndarray  # [N, K] nats
-  ref_logps: np.ndarray  # [N, K] nats, 0 without a reference
-  role: np.ndarray  # [N, K]
-  scores: np.ndarray  # [N, K]
-  lengths: np.ndarray  # [N, K] scored tokens
-
-
-def score_held_out(
-    stage: Stage,
-    model: Model,
-    functions: step_lib.StepFunctions,
-    state: step_lib.TrainState,
-    held: list[batch_lib.HostBatch],
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
-) -> HeldOut:
-  """Scores the pools of held-out batches with the current weights."""
-  losses, rows = [], []
-  for batch in held:
-    batch = with_anchors(batch, reference_logps)
-    sets = model.put_replicated(batch.meta)
-    logps = score_chunks(model, functions, state.params, batch, sets,
-                         model.pack_all(batch))
-    drawn, sets, _ = functions.draw(stage.seed, logps, sets)
-    loss, _ = functions.evaluate(logps, sets, drawn, state.objective_state)
-    seen = batch.meta.candidate_mask[:, 0]
-    losses.append(np.asarray(loss)[seen])
-    ref = batch.meta.anchors.get("ref", np.zeros_like(batch.meta.scores))
-    rows.append(tuple(x[seen] for x in (
-        np.asarray(logps), ref, batch.meta.role, batch.meta.scores,
-        batch.meta.lengths)))
-  held_out = HeldOut(0.0, *map(np.concatenate, zip(*rows)))
-  count = len(held_out.role)
-  if stage.entry.reduce == "tokens":
-    count = held_out.lengths[:, 0].sum()
-  return held_out._replace(loss=float(np.concatenate(losses).sum() / count))
-
-
-def with_anchors(
-    batch: batch_lib.HostBatch,
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None,
-) -> batch_lib.HostBatch:
-  """The batch with anchors["ref"] filled, if there is a reference; it is also
-  the mu of candidates whose q is known."""
-  if reference_logps is None:
-    return batch
-  anchors, ref = batch.meta.anchors, reference_logps(batch)
-  anchors = anchors | {"ref": ref}
-  if "proposal_q" in anchors:
-    anchors["proposal_mu"] = ref
-  return batch._replace(meta=batch.meta._replace(anchors=anchors))
+  estimate_every: int | None = None  # `estimator.compare_gradients`
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -359,7 +81,8 @@ def check_softmax_start(
     CheckpointError: ckpt.reference_gate.
   """
   if (stage.objective not in ("mcpo", "rnce") or stage.corrected
-      or stage.kernel["include_preferred"]):
+      or stage.kernel["include_preferred"]
+      or stage.kernel["strategy"] not in registry.STRATEGIES):
     return
   meta = batch.meta
   negative = (meta.role == -1) & meta.candidate_mask & meta.candidate_mask[
@@ -390,7 +113,7 @@ def train(
     when: Schedule,
     *,
     meta: dict[str, Any],
-    reference_logps: Callable[[batch_lib.HostBatch], np.ndarray] | None = None,
+    reference: Reference = NO_REFERENCE,
     evaluate: Callable[
         [step_lib.StepFunctions, step_lib.TrainState], dict[str, float]
     ] | None = None,
@@ -406,8 +129,7 @@ def train(
     writer: of metrics.
     meta: goes into every manifest; a checkpoint with other values of these
       keys is refused.
-    reference_logps: HostBatch -> [B, K] anchors, if the objective or the
-      kernel reads them.
+    reference: what the objective and the kernel read of it.
     evaluate: metrics on held-out data; the highest "eval/accuracy" is best.
     expect_start: the first weights are the reference's, so that
       `check_softmax_start` must pass.
@@ -422,15 +144,14 @@ def train(
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
   try:
     return _train(stage, model, make_batch, start, folder, writer, when,
-                  functions, keeper, meta, reference_logps, evaluate,
-                  expect_start)
+                  functions, keeper, meta, reference, evaluate, expect_start)
   finally:
     keeper.close()  # also commits a save that was under way at an error
 
 
 def _train(
     stage, model, make_batch, start, folder, writer, when, functions, keeper,
-    meta, reference_logps, evaluate, expect_start,
+    meta, reference, evaluate, expect_start,
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
@@ -459,10 +180,13 @@ def _train(
     batch = make_batch(step)
     faults.point("step.before")
     if stage.refresh > 1 and step % stage.refresh == 0:
-      state = draw_window(stage, model, functions, state, make_batch,
-                          reference_logps)
-    state, metrics = run_step(stage, model, functions, state, batch,
-                              reference_logps)
+      state = update.draw_window(
+          stage, model, functions, state, make_batch, reference)
+    if when.estimate_every and step % when.estimate_every == 0:
+      writer.write(stage.name, step, estimator.compare_gradients(
+          stage, model, functions, state, batch, reference))
+    state, metrics = update.run_step(
+        stage, model, functions, state, batch, reference)
     metrics = jax.device_get(metrics)
     keeper.poll()
     check_finite(metrics, batch, step)
@@ -508,7 +232,7 @@ def _train(
     step = best["step"]
     logging.info("%s: step %d evaluated best", stage.name, step)
     state = keeper.restore(step, functions.state_shapes)
-  return state.params, step
+  return step_lib.policy_of(state.params), step
 
 
 def _patience_over(best: dict[str, Any], when: Schedule) -> bool:

@@ -17,13 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, settings, sharding, types
+from mcpo_jax import (
+    commit,
+    errors,
+    objective_names,
+    registry,
+    settings,
+    sharding,
+    types,
+)
 from mcpo_jax.data import batches, files, records
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, hf
 from mcpo_jax.training import loop
+from mcpo_jax.training import stage as stage_lib
 
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
@@ -293,7 +302,7 @@ def trained_rows(
 
 def open_model(
     run: Run, start_dir: pathlib.Path | None
-) -> tuple[loop.Model, Callable[[], types.Params]]:
+) -> tuple[stage_lib.Model, Callable[[], types.Params]]:
   """The architecture on the mesh, and a function that gives first weights.
 
   Args:
@@ -342,7 +351,7 @@ def open_model(
   shapes = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)
-  model = loop.Model(
+  model = stage_lib.Model(
       config, run.mesh, shapes, jnp.dtype(options["compute_dtype"]),
       options["remat"], data["num_streams"], data["stream_length"],
       run.tokenizer.pad_id)
@@ -365,28 +374,34 @@ def schedule_of(config: dict[str, Any]) -> loop.Schedule:
       log_every=config["log"]["every_steps"],
       save_every=checkpoint["every_steps"], keep=checkpoint["keep"],
       evaluate_every=evaluation["every_steps"],
-      patience=evaluation["patience"], keep_best=checkpoint["keep_best"])
+      patience=evaluation["patience"], keep_best=checkpoint["keep_best"],
+      estimate_every=evaluation["estimator_every_steps"])
 
 
 def stage_of(
-    config: dict[str, Any], num_examples: int, *, supervised: bool
-) -> loop.Stage:
+    config: dict[str, Any], num_examples: int, *, supervised: bool,
+    num_slots: int = 0,
+) -> stage_lib.Stage:
   """The plain settings of the preference stage, or of the sft stage."""
   if supervised:
     group = config["sft"]
-    return loop.Stage(
-        "sft", "sft", {}, {
-            "strategy": "none", "score": None, "temperature": None,
-            "num_negatives": 1, "include_preferred": False},
+    return stage_lib.Stage(
+        "sft", "sft", registry.OBJECTIVES["sft"], {}, {"strategy": "none"},
         group["optimizer"], group["num_steps"], group["batch_size"],
         config["seed"])
   batches.plan(num_examples, batch_size=config["batch_size"])
   objective = dict(config["objective"])
+  name = objective.pop("name")
   num_steps = config["num_steps"] or math.ceil(
       num_examples * config["num_epochs"] / config["batch_size"])
   logging.info("%d examples, %d updates of %d prompts = %.2f epochs",
                num_examples, num_steps, config["batch_size"],
                num_steps * config["batch_size"] / num_examples)
-  return loop.Stage(
-      "preference", objective.pop("name"), objective, config["kernel"],
-      config["optimizer"], num_steps, config["batch_size"], config["seed"])
+  return stage_lib.Stage(
+      "preference", name, objective_names.find_objective(name), objective,
+      config["kernel"],
+      config["optimizer"], num_steps, config["batch_size"], config["seed"],
+      refresh=stage_lib.refresh_steps(
+          config["kernel"]["refresh"], num_examples, config["batch_size"]),
+      corrected=config["proposal"]["correction"],
+      num_examples=num_examples, num_slots=num_slots)

@@ -3,13 +3,14 @@
 A batch is B sets of K slots. Its tokens come in chunks of streams, all of one
 shape, so that each function here is traced once whatever the batch looks like:
 
-  score   sum over chunks of sequence log-probs -> [B, K]     no gradient
-  draw    the MC kernel on [B, K]               -> [B, J] slots
-          or, where a draw lasts several steps: keep it once, recall it
-  grads   per chunk, accumulated; either
-            from_loss        the chunk holds its sets whole: loss and gradient
-            from_cotangents  d loss / d logps of the whole batch is known
-  update  one optimizer update, unless something is not finite
+  score     sum over chunks of sequence log-probs -> [B, K]     no gradient
+  draw      the MC kernel on [B, K]               -> [B, J] slots
+            or, where a draw lasts several steps: keep it once, recall it
+  features  sum over chunks of all that the objective needs -> Features [B, K]
+  grads     per chunk, accumulated; either
+              from_loss        the chunk holds its sets whole: loss and gradient
+              from_cotangents  d loss / d features of the whole batch is known
+  update    one optimizer update, unless something is not finite
 
 `from_cotangents` makes accumulation exact for every loss, also for one that
 looks at the whole batch; when the pool was scored anyway its features are
@@ -24,7 +25,56 @@ import jax.numpy as jnp
 import optax
 
 from mcpo_jax import sharding, types
-from mcpo_jax.kernels import mc, weights
+from mcpo_jax.kernels import chains, mc, weights
+
+
+class Kernel(NamedTuple):
+  """How negatives are drawn; see `mc.draw` and `chains.walk`.
+
+  The strategy "none" draws nothing: slot 0 alone enters the loss.
+  """
+
+  strategy: str
+  score: str | None = None
+  temperature: float | None = None
+  temperature_schedule: str | None = "constant"
+  temperature_end: float | None = None
+  num_negatives: int = 1
+  include_preferred: bool = False
+  replace: bool = False
+  corrected: bool = False
+  transition: str | None = "categorical"
+  num_steps: int | None = 1
+  block_size: int | None = None
+  init: str | None = "preferred"
+  repulsion: float | None = None
+  custom: Callable[..., Any] | None = None  # a kernel of the user's own
+
+  @property
+  def walks(self) -> bool:
+    """Whether chains walk, instead of one draw from the whole pool."""
+    return self.strategy == "mc" and (
+        self.transition, self.num_steps, self.block_size, self.init
+    ) != ("categorical", 1, None, "preferred")
+
+  @property
+  def remembers(self) -> bool:
+    """Whether an example's chains go on where its last visit left them."""
+    return self.init == "persistent" or self.transition == "self_repellent"
+
+
+class Objective(NamedTuple):
+  """A loss with its settings bound, and what it needs of the step."""
+
+  loss: Callable[..., Any]  # (features, batch, state) -> (loss, aux, state)
+  init_state: Callable[[], Any] = lambda: ()
+  init_params: Callable[[], Any] | None = None  # of learned parameters
+  preferred_weight: bool = False  # reads the anchor of that name
+  prefix_length: bool = False  # reads the anchor of that name
+  mismatched: bool = False  # takes the slot of `weights.MISMATCHED_ID` too
+  progress: bool = False  # takes `progress`, the share of the stage done
+  contrast: bool = True  # nothing to learn from a set without a negative
+  reduce: str = "sets"  # or "tokens": what the global denominator counts
 
 
 class Draws(NamedTuple):
@@ -38,14 +88,35 @@ class Draws(NamedTuple):
   seen: dict[str, jax.Array]  # name -> [n] float32, for logs
 
 
+class Memory(NamedTuple):
+  """Where the chains of N training examples stand, for kernels that go on."""
+
+  selected: jax.Array  # [N, M] int32, slot, 0 the preferred's
+  history: jax.Array  # [N, K] int32, how often each slot was drawn
+
+
 class TrainState(NamedTuple):
-  """All that defines the next step, beside the data and the config."""
+  """All that defines the next step, beside the data and the config.
+
+  `params` are the policy's; what an objective learns beside it lies among
+  them under "objective".
+  """
 
   step: jax.Array  # int32, updates done
   params: types.Params
   opt_state: Any
   objective_state: Any
   draws: Draws | tuple[()]  # () where every step draws anew
+  memory: Memory | tuple[()]  # () where chains begin anew
+
+
+class Inputs(NamedTuple):
+  """What a batch's loss is computed from, beside the features."""
+
+  sets: types.SetBatch  # [B, K]
+  drawn: types.KernelState  # [B, M]
+  objective_state: Any
+  step: jax.Array  # int32, updates done
 
 
 class Accumulator(NamedTuple):
@@ -62,17 +133,23 @@ class StepFunctions(NamedTuple):
   state_shapes: TrainState  # ShapeDtypeStructs with shardings
   init: Callable[..., TrainState]
   score: Callable[..., jax.Array]
-  draw: Callable[
-      ..., tuple[types.KernelState, types.SetBatch, dict[str, jax.Array]]]
+  draw: Callable[..., tuple[
+      types.KernelState, types.SetBatch, Any, dict[str, jax.Array]]]
   keep: Callable[..., Draws]
-  recall: Callable[
-      ..., tuple[types.KernelState, types.SetBatch, dict[str, jax.Array]]]
+  recall: Callable[..., tuple[
+      types.KernelState, types.SetBatch, dict[str, jax.Array]]]
+  features: Callable[..., types.Features]
   zeros: Callable[..., Accumulator]
   from_loss: Callable[..., tuple[Accumulator, Any]]
-  cotangents: Callable[..., tuple[jax.Array, Accumulator, Any]]
+  cotangents: Callable[..., tuple[types.Features, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def policy_of(params: types.Params) -> types.Params:
+  """The policy's parameters, without what an objective learns beside it."""
+  return {name: x for name, x in params.items() if name != "objective"}
 
 
 def _mean(x: jax.Array, where: jax.Array) -> jax.Array:
@@ -89,62 +166,109 @@ def _with_anchors(
       for name, x in values.items()})
 
 
+def _take_mismatched(
+    drawn: types.KernelState, sets: types.SetBatch
+) -> types.KernelState:
+  """The draw with one more column: the slot of another prompt's completion."""
+  foreign = sets.candidate_mask & (sets.candidate_id == weights.MISMATCHED_ID)
+  slot = jnp.argmax(foreign, axis=1, keepdims=True).astype(jnp.int32)
+  return drawn._replace(
+      selected=jnp.concatenate([drawn.selected, slot], axis=1),
+      selected_mask=jnp.concatenate(
+          [drawn.selected_mask, jnp.any(foreign, axis=1, keepdims=True)],
+          axis=1))
+
+
+def recollect(memory: Memory, row: jax.Array) -> types.KernelState:
+  """[B, M] where the chains of a batch's examples stand; row -1 (held-out
+  data) begins at the preferred completion without a history."""
+  known = (row >= 0)[:, None]
+  selected = jnp.where(known, memory.selected[row], 0)
+  return types.KernelState(
+      selected, selected > 0, jnp.where(known, memory.history[row], 0))
+
+
+def remember(
+    memory: Memory, row: jax.Array, before: types.KernelState,
+    after: types.KernelState
+) -> Memory:
+  """The memory after a batch. Of an example that stands in it twice, as at
+  the seam of two epochs, the later draw is where the chains go on."""
+  nowhere = len(memory.selected)
+  counted = jnp.where(row >= 0, row, nowhere)
+  again = jnp.any(jnp.triu(row[:, None] == row[None, :], 1), axis=1)
+  return Memory(
+      memory.selected.at[jnp.where(again, nowhere, counted)].set(
+          after.selected, mode="drop"),
+      memory.history.at[counted].add(
+          after.history - before.history, mode="drop"))
+
+
 def make_step_functions(
+    features: Callable[..., types.Features],
     sequence_logps: Callable[..., jax.Array],
-    objective: Callable[..., Any],
+    objective: Objective,
+    kernel: Kernel,
     tx: optax.GradientTransformation,
     schedule: optax.Schedule,
     *,
-    strategy: str,
-    score: str | None,
-    temperature: float | None,
-    num_negatives: int,
-    include_preferred: bool,
-    replace: bool,
-    corrected: bool,
-    preferred_weight: bool,
+    num_steps: int,
     refresh: int,
     batch_size: int,
+    num_examples: int,
+    num_slots: int,
     beta: float,
-    reduce: str,
     param_shapes: types.Params,
     replicated: jax.sharding.Sharding,
 ) -> StepFunctions:
   """Builds the jitted functions of one training run.
 
   Args:
+    features: (params, reference, streams, sets) -> Features [B, K], zero for
+      what is not in the streams.
     sequence_logps: (params, streams, num_sets, num_slots) -> [B, K] float32,
-      zero for what is not in the streams.
-    objective: loss(features, batch, state) -> (loss [B], aux, state) with its
-      settings bound.
+      their log-probs alone.
+    objective: the loss and its needs.
+    kernel: how negatives are drawn.
     tx, schedule: optax; the schedule is only reported.
-    strategy: of the kernel, or "none": slot 0 alone enters the loss.
-    score, temperature: of the kernel; read by some strategies only.
-    num_negatives, include_preferred, replace: of the kernel.
-    corrected: the kernel weighs by `weights.proposal_correction` too.
-    preferred_weight: the objective reads the anchor of that name.
+    num_steps: of the stage.
     refresh: n, steps that a draw lasts; 1: nothing is stored.
     batch_size: B.
+    num_examples: N, training examples, of kernels and losses with a memory.
+    num_slots: K.
     beta: of the implicit reward, for kernel scores.
-    reduce: "sets" or "tokens", what the global denominator counts.
-    param_shapes: tree of ShapeDtypeStruct with shardings.
+    param_shapes: tree of ShapeDtypeStruct with shardings, of the policy.
     replicated: sharding of everything that has no token axis.
   """
   whole = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-  seen_names = [f"kernel/{name}" for name in types.KernelInfo._fields
+  on_all = lambda tree: jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
+      tree)
+  info_names = [name for name in types.KernelInfo._fields
                 if name != "log_weights"]
+  seen_names = [f"kernel/{name}" for name in info_names] + (
+      [] if kernel.temperature is None else ["kernel/temperature"])
 
   def stored(dtype, *shape):
     return jax.ShapeDtypeStruct((refresh, *shape), dtype, sharding=replicated)
 
   draws = ()
   if refresh > 1:
+    columns = kernel.num_negatives + objective.mismatched
     draws = Draws(
-        types.KernelState(stored(jnp.int32, batch_size, num_negatives),
-                          stored(jnp.bool_, batch_size, num_negatives)),
+        types.KernelState(stored(jnp.int32, batch_size, columns),
+                          stored(jnp.bool_, batch_size, columns)),
         {"preferred_weight": stored(jnp.float32, batch_size)}
-        if preferred_weight else {},
+        if objective.preferred_weight else {},
         {name: stored(jnp.float32) for name in seen_names})
+  memory = ()
+  if kernel.remembers:
+    memory = on_all(jax.eval_shape(lambda: Memory(
+        jnp.zeros((num_examples, kernel.num_negatives), jnp.int32),
+        jnp.zeros((num_examples, num_slots), jnp.int32))))
+  if objective.init_params is not None:
+    param_shapes = param_shapes | {
+        "objective": on_all(jax.eval_shape(objective.init_params))}
   state_shapes = TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
       params=param_shapes,
@@ -152,33 +276,75 @@ def make_step_functions(
           lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
           jax.eval_shape(tx.init, param_shapes),
           sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes))),
-      objective_state=(),
-      draws=draws)
+      objective_state=on_all(jax.eval_shape(objective.init_state)),
+      draws=draws,
+      memory=memory)
   accumulator_shardings = Accumulator(
       whole(param_shapes), replicated, replicated)
+
+  def init(params):
+    if objective.init_params is not None:
+      params = params | {"objective": jax.jit(
+          objective.init_params, out_shardings=replicated)()}
+    zeros = lambda tree: jax.tree.map(lambda s: jax.device_put(
+        jnp.zeros(s.shape, s.dtype), s.sharding), tree)
+    return TrainState(
+        step=jax.device_put(jnp.zeros((), jnp.int32), replicated),
+        params=params,
+        opt_state=jax.jit(
+            tx.init, out_shardings=whole(state_shapes.opt_state))(params),
+        objective_state=jax.jit(
+            objective.init_state, out_shardings=replicated)(),
+        draws=zeros(draws),
+        memory=zeros(memory))
 
   def score_chunk(params, streams, sets):
     return sequence_logps(params, streams, *sets.role.shape)
 
-  def draw(seed, logps, sets):
-    if strategy == "none":
+  def draw(seed, step, memory, logps, sets):
+    if kernel.strategy == "none":
       nothing = jnp.zeros((len(sets.role), 0), jnp.int32)
-      return types.KernelState(nothing, nothing > 0), sets, {}
+      return types.KernelState(nothing, nothing > 0), sets, memory, {}
     scores = jnp.zeros_like(logps)
-    if score is not None:
+    if kernel.score is not None:
       scores = mc.kernel_scores(
-          logps, sets.anchors.get("ref"), sets.lengths, score=score, beta=beta)
-    drawn, info = mc.draw(
-        jax.random.key(seed), None, scores, sets, strategy=strategy,
-        temperature=1.0 if temperature is None else temperature,
-        num_negatives=num_negatives, include_preferred=include_preferred,
-        replace=replace, corrected=corrected)
-    if preferred_weight:
+          logps, sets.anchors.get("ref"), sets.lengths, score=kernel.score,
+          beta=beta)
+    temperature = 1.0
+    if kernel.temperature is not None:
+      temperature = weights.temperature_at(
+          step, start=kernel.temperature, end=kernel.temperature_end,
+          num_steps=num_steps, schedule=kernel.temperature_schedule)
+    settings = {
+        "temperature": temperature, "num_negatives": kernel.num_negatives,
+        "include_preferred": kernel.include_preferred}
+    key = jax.random.key(seed)
+    if kernel.custom is not None:
+      drawn, info = kernel.custom(key, None, scores, sets, **settings)
+    elif kernel.walks:
+      standing = recollect(memory, sets.row) if memory else None
+      drawn, info = chains.walk(
+          key, standing, scores, sets, **settings,
+          transition=kernel.transition, num_steps=kernel.num_steps,
+          block_size=kernel.block_size, init=kernel.init,
+          repulsion=kernel.repulsion, corrected=kernel.corrected)
+      if memory:
+        memory = remember(memory, sets.row, standing, drawn)
+    else:
+      drawn, info = mc.draw(
+          key, None, scores, sets, **settings, strategy=kernel.strategy,
+          replace=kernel.replace, corrected=kernel.corrected)
+    drawn = drawn._replace(history=())
+    if objective.preferred_weight:
       p_0 = weights.preferred_weight(scores, sets, temperature=temperature)
       sets = _with_anchors(sets, {"preferred_weight": p_0})
-    seen = {name: _mean(getattr(info, name.removeprefix("kernel/")),
-                        sets.candidate_mask[:, 0]) for name in seen_names}
-    return drawn, sets, seen
+    seen = {f"kernel/{name}": _mean(
+        getattr(info, name), sets.candidate_mask[:, 0]) for name in info_names}
+    if kernel.temperature is not None:
+      seen["kernel/temperature"] = jnp.asarray(temperature, jnp.float32)
+    if objective.mismatched:
+      drawn = _take_mismatched(drawn, sets)
+    return drawn, sets, memory, seen
 
   def keep(draws, row, drawn, sets, seen):
     one = Draws(drawn, {name: sets.anchors[name][:, 0]
@@ -190,72 +356,92 @@ def make_step_functions(
     drawn, anchors, seen = jax.tree.map(lambda x: x[step % refresh], draws)
     return drawn, _with_anchors(sets, anchors), seen
 
+  def with_prefix(inputs):
+    """The sets, and where the objective reads it the length of the shorter
+    one of each pair as the anchor "prefix_length"."""
+    if not objective.prefix_length:
+      return inputs.sets
+    lengths = jnp.take_along_axis(
+        inputs.sets.lengths, inputs.drawn.selected[:, :1], axis=1)
+    shared = jnp.minimum(inputs.sets.lengths[:, 0], lengths[:, 0])
+    return _with_anchors(inputs.sets, {"prefix_length": shared})
+
+  def chunk_features(params, reference, streams, inputs):
+    return features(params, reference, streams, with_prefix(inputs))
+
   def denominator(sets):
     first = sets.candidate_mask[:, 0]
-    return jnp.sum(first if reduce == "sets"
+    return jnp.sum(first if objective.reduce == "sets"
                    else jnp.where(first, sets.lengths[:, 0], 0))
 
-  def loss_terms(logps, sets, drawn, objective_state, present):
-    taken, batch = mc.take_drawn(logps, sets, drawn, spent=strategy != "all")
+  def loss_terms(values, inputs, present):
+    sets = with_prefix(inputs)
+    taken, batch = mc.take_drawn(
+        values, sets, inputs.drawn,
+        spent=kernel.strategy not in ("all", "pool"))
     batch = batch._replace(
         candidate_mask=batch.candidate_mask & present[:, None],
         role=jnp.where(present[:, None], batch.role, 0))
-    loss, aux, objective_state = objective(
-        types.Features(taken), batch, objective_state)
+    settings = {}
+    if objective.progress:
+      settings["progress"] = jnp.minimum(inputs.step / num_steps, 1.0)
+    loss, aux, objective_state = objective.loss(
+        taken, batch, inputs.objective_state, **settings)
     loss = jnp.where(present, loss, 0.0)
     total = jnp.sum(loss) / denominator(sets).astype(loss.dtype)
     aux = {name: jnp.where(present, x, 0.0) for name, x in aux.items()}
     return total, (loss, aux, objective_state)
 
-  def zeros(params, logps, sets, drawn, objective_state):
-    shapes = jax.eval_shape(loss_terms, logps, sets, drawn, objective_state,
-                            sets.candidate_mask[:, 0])[1][:2]
+  def zeros(params, values, inputs):
+    shapes = jax.eval_shape(
+        loss_terms, values, inputs, inputs.sets.candidate_mask[:, 0])[1][:2]
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return Accumulator(jax.tree.map(jnp.zeros_like, params), *empty)
 
-  def from_loss(params, total, streams, sets, drawn, objective_state,
-                present):
+  def from_loss(params, reference, total, streams, inputs, present):
     def f(params):
-      logps = sequence_logps(params, streams, *sets.role.shape)
-      return loss_terms(logps, sets, drawn, objective_state, present)
+      values = chunk_features(params, reference, streams, inputs)
+      return loss_terms(values, inputs, present)
 
     (_, (loss, aux, new_state)), grads = jax.value_and_grad(
         f, has_aux=True)(params)
     return jax.tree.map(
         jnp.add, total, Accumulator(grads, loss, aux)), new_state
 
-  def cotangents(params, logps, sets, drawn, objective_state):
+  def cotangents(params, values, inputs):
     terms = jax.value_and_grad(loss_terms, has_aux=True)
     (_, (loss, aux, objective_state)), cotangent = terms(
-        logps, sets, drawn, objective_state, sets.candidate_mask[:, 0])
+        values, inputs, inputs.sets.candidate_mask[:, 0])
     grads = jax.tree.map(jnp.zeros_like, params)
     return cotangent, Accumulator(grads, loss, aux), objective_state
 
-  def from_cotangents(params, total, streams, cotangent):
+  def from_cotangents(params, reference, total, streams, inputs, cotangent):
     def f(params):
-      return jnp.sum(
-          cotangent * sequence_logps(params, streams, *cotangent.shape))
+      values = chunk_features(params, reference, streams, inputs)
+      return sum(jax.tree.leaves(jax.tree.map(
+          lambda c, x: jnp.sum(c * x), cotangent, values)))
 
     grads = jax.tree.map(jnp.add, total.grads, jax.grad(f)(params))
     return total._replace(grads=grads)
 
-  def update(state, total, sets, drawn, objective_state):
+  def update(state, total, inputs, memory):
     updates, opt_state = tx.update(total.grads, state.opt_state, state.params)
     norm = optax.tree.norm(total.grads)
-    loss = jnp.sum(total.loss) / denominator(sets)
+    loss = jnp.sum(total.loss) / denominator(inputs.sets)
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     new = TrainState(
         step=state.step + 1,
         params=optax.apply_updates(state.params, updates),
         opt_state=opt_state,
-        objective_state=objective_state,
-        draws=state.draws)
+        objective_state=inputs.objective_state,
+        draws=state.draws,
+        memory=memory)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
 
     # Statistics of comparisons leave out sets whose chains drew no negative.
-    shown = sets.candidate_mask[:, 0]
-    if strategy != "none":
-      shown &= jnp.any(drawn.selected_mask, axis=1)
+    shown = inputs.sets.candidate_mask[:, 0]
+    if objective.contrast:
+      shown &= jnp.any(inputs.drawn.selected_mask, axis=1)
     metrics = {name: _mean(x, shown) for name, x in total.aux.items()}
     metrics |= {
         "loss": loss,
@@ -266,30 +452,27 @@ def make_step_functions(
     }
     return new, metrics
 
-  def evaluate(logps, sets, drawn, objective_state):
+  def evaluate(values, inputs):
     _, (loss, aux, _) = loss_terms(
-        logps, sets, drawn, objective_state, sets.candidate_mask[:, 0])
+        values, inputs, inputs.sets.candidate_mask[:, 0])
     return loss, aux
 
   state_shardings = whole(state_shapes)
   jit = jax.jit
   return StepFunctions(
       state_shapes=state_shapes,
-      init=lambda params: TrainState(
-          jax.device_put(jnp.zeros((), jnp.int32), replicated), params,
-          jit(tx.init, out_shardings=state_shardings.opt_state)(params), (),
-          jax.tree.map(lambda s: jax.device_put(
-              jnp.zeros(s.shape, s.dtype), s.sharding), draws)),
+      init=init,
       score=jit(score_chunk, out_shardings=replicated),
       draw=jit(draw, out_shardings=replicated),
       keep=jit(keep, donate_argnums=0, out_shardings=replicated),
       recall=jit(recall, out_shardings=replicated),
+      features=jit(chunk_features, out_shardings=replicated),
       zeros=jit(zeros, out_shardings=accumulator_shardings),
-      from_loss=jit(from_loss, donate_argnums=1,
+      from_loss=jit(from_loss, donate_argnums=2,
                     out_shardings=(accumulator_shardings, replicated)),
       cotangents=jit(cotangents, out_shardings=(
           replicated, accumulator_shardings, replicated)),
-      from_cotangents=jit(from_cotangents, donate_argnums=1,
+      from_cotangents=jit(from_cotangents, donate_argnums=2,
                           out_shardings=accumulator_shardings),
       update=jit(update, donate_argnums=0,
                  out_shardings=(state_shardings, replicated)),
