@@ -2,7 +2,8 @@
 
 Toy: an autoregressive policy over three tokens (a, b, end) and at most two
 steps, so 7 completions and 9 parameters. Every expectation is a finite sum.
-Inverse tests break one assumption and must see it, by a stated amount.
+Inverse tests break one assumption and must see it, by a stated amount. Errors
+of laws are total variations, biases of gradients the largest coordinate.
 """
 
 import functools
@@ -19,6 +20,8 @@ from mcpo_jax.types import Features
 BETA = 0.7
 OUTCOMES = [(2,), (0, 2), (1, 2), (0, 0), (0, 1), (1, 0), (1, 1)]
 V = len(OUTCOMES)
+VISITS = np.array([0, 3, 1, 0, 5, 1, 2])  # of each outcome
+REPULSION = 0.6
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
 
@@ -66,17 +69,14 @@ class Toy:
     return exact.tilted(self.log_mu, self.rewards(self.theta))[0]
 
 
-
-
-
 def _pools(toy, num_candidates, **more):
   """(pools, sets): all of them, with the toy's reference as anchor."""
   pools = exact.all_pools(V, num_candidates)
   return pools, exact.pool_sets(pools, {"ref": toy.log_ref} | more)
 
 
-def _matrix(toy, num_candidates, *, include_preferred=True):
-  """The kernel's transition matrix for candidates from mu."""
+def _matrix(toy, num_candidates, *, include_preferred=True, history=None):
+  """The categorical kernel's transition matrix for candidates from mu."""
   pools, sets = _pools(toy, num_candidates)
   log_weights = _log_weights(
       toy.rewards(toy.theta)[pools],
@@ -84,11 +84,28 @@ def _matrix(toy, num_candidates, *, include_preferred=True):
       temperature=1.0,
       include_preferred=include_preferred,
   )
+  if history is not None:  # [V] visits of each outcome
+    log_weights = jax.nn.log_softmax(
+        log_weights - REPULSION * np.log1p(history)[pools], axis=1
+    )
   return exact.transition_matrix(pools, log_weights, toy.log_mu)
 
 
-def _distance(a, b):
-  return float(0.5 * jnp.sum(jnp.abs(a - b)))
+def _matrices(toy):
+  """name -> (transition matrix, the law it keeps), of every transition."""
+  p, tilts = jnp.exp(toy.log_p), toy.rewards(toy.theta)
+  repelled = p / (1.0 + VISITS) ** REPULSION
+  return {
+      "categorical": (_matrix(toy, 2), p),
+      "self_repellent": (
+          _matrix(toy, 2, history=VISITS), repelled / repelled.sum()
+      ),
+  } | {
+      name: (
+          exact.accepted_matrix(toy.log_mu, tilts, transition=name), p
+      )
+      for name in ("metropolis", "barker")
+  }
 
 
 def _gradients(toy, per_pool_loss, pools):
@@ -193,36 +210,89 @@ def test_2_kernel_leaves_the_model_invariant_in_detailed_balance(
   np.testing.assert_allclose(flow, flow.T, **EXACT)
 
 
-def test_2_inverse_leaving_the_preferred_out_breaks_invariance():
+@pytest.mark.parametrize("seed", [3, 37])
+def test_2_every_transition_keeps_its_law_in_detailed_balance(seed):
+  matrices = _matrices(Toy(seed))
+  for name, (matrix, law) in matrices.items():
+    np.testing.assert_allclose(matrix.sum(1), 1.0, **EXACT, err_msg=name)
+    assert float(jnp.min(matrix)) >= 0.0, name
+    assert float(exact.stationarity_error(matrix, law)) < 1e-12, name
+    flow = law[:, None] * matrix
+    np.testing.assert_allclose(flow, flow.T, **EXACT, err_msg=name)
+  # A history is not forgotten: p itself is not what such a step keeps.
+  kept = matrices["self_repellent"][0]
+  p = matrices["categorical"][1]
+  assert float(exact.stationarity_error(kept, p)) > 0.05
+
+
+def test_2_barker_is_one_candidate_with_the_preferred_in():
   toy = Toy(3)
+  barker = _matrices(toy)["barker"][0]
+  np.testing.assert_allclose(_matrix(toy, 1), barker, **EXACT)
+  nowhere = _matrix(toy, 1, history=np.zeros(V))
+  np.testing.assert_allclose(nowhere, barker, **EXACT)
+
+
+@pytest.mark.parametrize("seed", [3, 37])
+def test_2_metropolis_moves_more_than_barker_and_mixes_faster(seed):
+  # Peskun: off the diagonal nowhere smaller.
+  matrices = _matrices(Toy(seed))
+  metropolis, barker = matrices["metropolis"][0], matrices["barker"][0]
+  more = metropolis - barker
+  off = ~np.eye(V, dtype=bool)
+  assert float(jnp.min(more[off])) >= 0.0 < float(jnp.max(more))
+  gaps = [exact.spectral_gap(m) for m in (barker, metropolis)]
+  assert 0.0 < gaps[0] < gaps[1] <= 1.0
+
+
+def test_2_inverse_leaving_the_preferred_out_breaks_invariance():
+  toy = Toy(37, scale=1.0)
   p = jnp.exp(toy.log_p)
   errors = [
-      _distance(p @ _matrix(toy, n, include_preferred=False), p)
+      float(exact.stationarity_error(
+          _matrix(toy, n, include_preferred=False), p
+      ))
       for n in (1, 2, 3)
   ]
-  assert errors[0] > errors[1] > errors[2] > 0.05, errors
+  np.testing.assert_allclose(errors, [0.315, 0.165, 0.103], atol=1e-3)
 
 
 def test_3_proposals_need_their_correction_on_every_slot():
-  toy = Toy(4)
-  pools = exact.all_pools(V, 2)
+  toy = Toy(15)
   p = jnp.exp(toy.log_p)
 
-  def error(mu, q, corrected):
+  def error(num_candidates, mu, q, corrected):
+    pools = exact.all_pools(V, num_candidates)
     sets = exact.pool_sets(pools, {"proposal_mu": mu, "proposal_q": q})
     return _stationary_error(toy, pools, sets, p, corrected)
 
-  assert error(toy.log_mu, toy.log_q, True) == pytest.approx(0.0, abs=1e-12)
-  assert error(toy.log_mu, toy.log_q, False) > 0.05
-  assert error(toy.log_q, toy.log_mu, True) > 0.05  # the wrong sign
-  sets = exact.pool_sets(
-      pools, {"proposal_mu": toy.log_mu, "proposal_q": toy.log_q}
+  for n in (1, 2, 3):
+    assert error(n, toy.log_mu, toy.log_q, True) < 1e-12
+  wrong = [error(n, toy.log_mu, toy.log_q, False) for n in (1, 2, 3)]
+  np.testing.assert_allclose(wrong, [0.098, 0.152, 0.189], atol=1e-3)
+  assert error(2, toy.log_q, toy.log_mu, True) > 0.1  # the wrong sign
+  # Metropolis and Barker correct the ratio they accept by.
+  tilts = toy.rewards(toy.theta)
+  for name in ("metropolis", "barker"):
+    one = functools.partial(
+        exact.accepted_matrix, toy.log_q, transition=name
+    )
+    right = one(tilts + toy.log_mu - toy.log_q)
+    assert float(exact.stationarity_error(right, p)) < 1e-12
+    assert float(exact.stationarity_error(one(tilts), p)) > 0.05
+
+
+def test_3_inverse_a_correction_left_out_at_slot_0_is_seen():
+  toy = Toy(23, scale=2.0)
+  pools, sets = _pools(
+      toy, 2, proposal_mu=toy.log_mu, proposal_q=toy.log_q
   )
   anchors = dict(sets.anchors)
-  anchors["proposal_mu"] = anchors["proposal_mu"].at[:, 0].set(0.0)
-  anchors["proposal_q"] = anchors["proposal_q"].at[:, 0].set(0.0)
-  sets = sets._replace(anchors=anchors)  # left out at slot 0
-  assert _stationary_error(toy, pools, sets, p, True) > 0.05
+  for name in ("proposal_mu", "proposal_q"):
+    anchors[name] = anchors[name].at[:, 0].set(0.0)
+  sets = sets._replace(anchors=anchors)
+  error = _stationary_error(toy, pools, sets, jnp.exp(toy.log_p), True)
+  assert error == pytest.approx(0.216, abs=1e-3)
 
 
 def _stationary_error(toy, pools, sets, p, corrected):
@@ -232,7 +302,7 @@ def _stationary_error(toy, pools, sets, p, corrected):
       include_preferred=True, corrected=corrected,
   )
   matrix = exact.transition_matrix(pools, log_weights, toy.log_q)
-  return _distance(p @ matrix, p)
+  return float(exact.stationarity_error(matrix, p))
 
 
 @pytest.mark.parametrize("num_candidates", [1, 2, 3])
@@ -255,8 +325,20 @@ def test_4_started_at_the_model_one_step_gives_the_gradient_of_log_z(
   np.testing.assert_allclose(rnce, 0.0, atol=1e-12)
 
 
-def test_4_inverse_from_another_law_the_bias_shrinks_with_candidates():
+def test_4_started_at_the_model_any_number_of_any_steps_is_unbiased():
   toy = Toy(5)
+  jacobian = toy.reward_gradients()
+  for name, (matrix, law) in _matrices(toy).items():
+    at = law
+    for _ in range(3):
+      at = at @ matrix
+      np.testing.assert_allclose(
+          at @ jacobian, law @ jacobian, **EXACT, err_msg=name
+      )
+
+
+def test_4_inverse_from_another_law_the_bias_shrinks_with_candidates():
+  toy = Toy(20)
   jacobian = toy.reward_gradients()
   truth = jnp.exp(toy.log_p) @ jacobian
   start = jnp.zeros(V).at[jnp.argmin(toy.log_p)].set(1.0)
@@ -264,7 +346,7 @@ def test_4_inverse_from_another_law_the_bias_shrinks_with_candidates():
       float(jnp.abs(start @ _matrix(toy, n) @ jacobian - truth).max())
       for n in (1, 2, 3)
   ]
-  assert bias[0] > bias[1] > bias[2] > 0.05, bias
+  np.testing.assert_allclose(bias, [0.360, 0.225, 0.157], atol=1e-3)
   # and the learning signal is not zero
   pools, sets = _pools(toy, 1)
   law = (start[pools[:, 0]] * jnp.exp(toy.log_mu[pools[:, 1]]))
@@ -279,20 +361,60 @@ def test_5_with_mu_the_reference_the_model_is_a_geometric_mixture():
     log_p, _ = exact.tilted(toy.log_ref, toy.rewards(toy.theta, beta))
     mixture = (1 - beta) * toy.log_ref + beta * log_pi
     np.testing.assert_allclose(log_p, jax.nn.log_softmax(mixture), **EXACT)
-    distance = _distance(jnp.exp(log_p), jnp.exp(log_pi))
+    distance = exact.total_variation(jnp.exp(log_p), jnp.exp(log_pi))
     assert (distance < 1e-12) if beta == 1.0 else (distance > 0.05)
 
 
 def test_6_more_steps_come_closer_to_the_model():
+  toy = Toy(45)
+  p, start = jnp.exp(toy.log_p), jnp.exp(_log_pi(toy.theta))
+  far = exact.mixing(_matrix(toy, 2), start, p, num_steps=6)
+  np.testing.assert_allclose(
+      far, [0.562, 0.204, 0.077, 0.030, 0.012, 0.005, 0.002], atol=1e-3
+  )
+  # In the long run by the second eigenvalue a step, and from the model none.
+  gap = exact.spectral_gap(_matrix(toy, 2))
+  assert float(far[6] / far[5]) == pytest.approx(1 - gap, abs=1e-2)
+  at_home = exact.mixing(_matrix(toy, 2), p, p, num_steps=2)
+  np.testing.assert_allclose(at_home, 0.0, atol=1e-12)
+
+
+def test_6_every_transition_mixes_and_more_candidates_mix_faster():
+  toy = Toy(45)
+  for name, (matrix, law) in _matrices(toy).items():
+    far = exact.mixing(
+        matrix, jnp.exp(_log_pi(toy.theta)), law, num_steps=10
+    )
+    assert bool(jnp.all(far[1:] < far[:-1])) and float(far[-1]) < 0.1, name
+  gaps = [exact.spectral_gap(_matrix(toy, n)) for n in (1, 2, 3)]
+  assert gaps == sorted(gaps) and gaps[0] < 0.9 * gaps[2]
+
+
+def test_6_two_blocks_of_one_pool_are_the_squared_matrix():
+  # Over every pool of two candidates: a step on the first of them, then one
+  # on the second, from where the first has led.
   toy = Toy(7)
-  matrix, p = _matrix(toy, 2), jnp.exp(toy.log_p)
-  law = jnp.zeros(V).at[jnp.argmin(p)].set(1.0)
-  distances = []
-  for _ in range(6):
-    law = law @ matrix
-    distances.append(_distance(law, p))
-  assert distances[0] > 0.1 and distances[-1] < 0.1 * distances[0]
-  assert all(b < 0.8 * a for a, b in zip(distances, distances[1:]))
+  pools, _ = _pools(toy, 2)
+
+  def step(order, mask):
+    sets = exact.pool_sets(pools[:, order], {})
+    return jnp.exp(_log_weights(
+        toy.rewards(toy.theta)[pools[:, order]],
+        sets._replace(candidate_mask=np.broadcast_to(mask, pools.shape)),
+        temperature=1.0,
+        include_preferred=True,
+    ))
+
+  first = step([0, 1, 2], [True, True, False])
+  drawn = jnp.exp(toy.log_mu[pools[:, 1:]].sum(axis=1))
+  law = jnp.zeros((V, V))
+  for slot in (0, 1):
+    order = [slot, 1 - slot, 2]
+    mass = (drawn * first[:, slot])[:, None]
+    mass = mass * step(order, [True, False, True])
+    law = law.at[pools[:, :1], pools[:, order]].add(mass)
+  matrix = _matrix(toy, 1)
+  np.testing.assert_allclose(law, matrix @ matrix, **EXACT)
 
 
 def test_6_on_one_fixed_set_a_second_step_changes_nothing():
@@ -429,7 +551,7 @@ def test_mcpo_is_rnce_only_when_all_are_drawn():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_drawn_cd_gradients_average_to_rnce(seed):
   # One pool, many addresses: the sampler and the estimator together.
-  toy, num = Toy(12), 8000
+  toy, num = Toy(12), 200_000
   pools = np.tile([4, 2, 0, 6], (num, 1))
   sets = exact.pool_sets(pools, {"ref": toy.log_ref})
   scores = toy.rewards(toy.theta)[pools]

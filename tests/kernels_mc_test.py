@@ -90,8 +90,13 @@ def test_frequencies_follow_score_temperature_and_multiplicity(seed):
   scores, sets = _copies(
       [9.0, 0.5, -1.0, 1.0, 3.0], [5, 1, 3, 2, 1], [1, -1, -1, -1, 0]
   )
-  state, _ = _draw(scores, sets, jax.random.key(seed), temperature=0.5)
+  state, _ = _draw(
+      scores, sets, jax.random.key(seed), temperature=0.5, num_negatives=50,
+      replace=True,
+  )
   w = np.array([0, np.exp(1.0), 3 * np.exp(-2.0), 2 * np.exp(2.0), 0])
+  assert state.selected.size == 200_000
+  _assert_frequencies(state.selected.ravel(), w)
   _assert_frequencies(state.selected[:, 0], w)
 
 

@@ -2,7 +2,11 @@
 
 V outcomes stand for all completions of one prompt. A pool is a preferred
 outcome and L candidates drawn independently from a proposal; N = V^(1 + L)
-pools are all there are. The weights come from the kernel that trains.
+pools are all there are. The weights come from the kernel that trains. A chain
+whose every step has candidates of its own is a product of one step's matrices.
+
+For a real model and K candidates the exact law over the pool is
+`weights.log_weights` itself.
 """
 
 from collections.abc import Callable
@@ -78,6 +82,63 @@ def transition_matrix(
   log_pool = jnp.sum(log_proposal[pools[:, 1:]], axis=1, keepdims=True)
   matrix = jnp.zeros((num_outcomes, num_outcomes), log_proposal.dtype)
   return matrix.at[pools[:, :1], pools].add(jnp.exp(log_weights + log_pool))
+
+
+def accepted_matrix(
+    log_proposal: Array, log_tilts: Array, *, transition: str
+) -> jax.Array:
+  """Law of one `metropolis` or `barker` step, whatever the block's size.
+
+  Args:
+    log_proposal: [V] law the candidates are drawn from.
+    log_tilts: [V] log of the model over that law, up to a constant: the
+      reward, plus log mu - log q for candidates from q.
+    transition: `metropolis` accepts y with min(1, exp(t_y - t_x)), `barker`
+      with the logistic function of t_y - t_x.
+
+  Returns:
+    [V, V], row: where the chain stands; every row sums to 1.
+  """
+  accept = {
+      "metropolis": lambda x: jnp.exp(jnp.minimum(x, 0.0)),
+      "barker": jax.nn.sigmoid,
+  }[transition]
+  moves = jnp.exp(log_proposal)[None, :] * accept(
+      log_tilts[None, :] - log_tilts[:, None]
+  )
+  moves = moves - jnp.diag(jnp.diag(moves))
+  return moves + jnp.diag(1.0 - jnp.sum(moves, axis=1))
+
+
+def total_variation(law: Array, other: Array) -> jax.Array:
+  """[...] half the L1 distance of laws [..., V], in [0, 1]."""
+  return 0.5 * jnp.sum(jnp.abs(law - other), axis=-1)
+
+
+def stationarity_error(matrix: Array, law: Array) -> jax.Array:
+  """[] total variation between `law` [V] and `law` after one step."""
+  return total_variation(law @ matrix, law)
+
+
+def mixing(
+    matrix: Array, start: Array, law: Array, *, num_steps: int
+) -> jax.Array:
+  """[1 + num_steps] total variation to `law` after 0, 1, .. steps.
+
+  Args:
+    matrix: [V, V].
+    start: [V] law the chain starts from.
+    law: [V], of the model.
+    num_steps: >= 0.
+  """
+  step = lambda at, _: (at @ matrix, total_variation(at, law))
+  return jax.lax.scan(step, jnp.asarray(start), length=1 + num_steps)[1]
+
+
+def spectral_gap(matrix: Array) -> float:
+  """1 - |second eigenvalue|: what mixing gains per step in the long run."""
+  moduli = np.sort(np.abs(np.linalg.eigvals(np.asarray(matrix))))
+  return float(1.0 - moduli[-2])
 
 
 def expected_pair_loss(
