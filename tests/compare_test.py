@@ -143,8 +143,8 @@ def test_a_line_that_is_no_row_is_refused_with_its_place(text, slug):
      "config.conflict", "compare.rows[1]"),
     (("a | objective.name=x",), {"reference": "aa"}, "config.range",
      "compare.reference"),
-    (("a | objective.name=x",), {"seeds": ("x",)}, "config.type",
-     "compare.seeds"),
+    (("a | objective.name=x", "b | objective.name=y"), {"seeds": ("x",)},
+     "config.type", "compare.seeds"),
     (("a | grid: objective.name=x,y",), {"metric": "eval/margin"},
      "config.range", "compare.metric"),
 ])
@@ -234,6 +234,10 @@ def test_a_lost_run_loses_one_cell(program):
 
 def test_no_run_begins_after_the_time_is_up(program):
   planned = plan("a | objective.name=good", "b | objective.name=bad")
+  assert go(planned, seconds=0.0) == {}
+  report.write([results.outcome(row, "score/aligned", {}) for row in planned],
+               "score/aligned", "a", program, [])
+  assert not (program / "events.jsonl").exists()
   assert go(planned, jobs=1, seconds=0.5) == {}
   found = [results.outcome(row, "score/aligned", {}) for row in planned]
   done = sum(len(o.results) for o in found)
@@ -317,7 +321,8 @@ def test_the_table_by_hand(tmp_path):
   assert "| DPO | 3 of 3 | 0.200 ± 0.000 | – | – | – | – |" in text
   assert "| start | 3 | 0.200 ± 0.000 |" in text
   assert "| lost | 0 of 3 | not run | – | – | – | – |" in text
-  assert "adjusts it for 1 tests" in text and "3 held-out prompts" in text
+  assert "(tests: 1)" in text and "6 of 9 runs" in text
+  assert "3 held-out prompts" in text
   assert "| ours | `objective.name=good` |" in text
 
   row = json.loads((tmp_path / "compare.json").read_text())["rows"]["ours"]

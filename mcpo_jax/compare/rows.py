@@ -54,17 +54,18 @@ def plan(
   Raises:
     ConfigError or an ErrorGroup: all mistakes found.
   """
+  seeds = _seeds(options["seeds"], "compare.seeds")
   rows, found = [], []
   for i, text in enumerate(options["rows"]):
     where = f"compare.rows[{i}]"
     try:
-      row = parse_row(text, where, _seeds(options["seeds"], "compare.seeds"))
+      row = parse_row(text, where, seeds)
       rows.append(row._replace(cells=tuple(
           tuple(_cell(row, trial, seed, read, workdir) for seed in row.seeds)
           for trial in range(len(row.trials)))))
     except errors.McpoError as e:
       for each in getattr(e, "errors", [e]):
-        if not each.where.startswith("compare."):
+        if each.where != where:
           each.where = f"{where}: {each.where}"
         found.append(each)
   if not found:
