@@ -23,6 +23,7 @@ VERBS = {
     "export": "a folder that transformers loads (--out=DIR)",
     "audit": "the data report, before any training",
     "score": "fill the reference cache ahead of training",
+    "compare": "a table of settings beside each other, over seeds",
 }
 FLAGS = {
     "config": "a Python file with get_config()",
@@ -250,6 +251,16 @@ def run(argv: list[str]) -> None:
   if (command.verb == "export") != ("out" in command.flags):
     raise errors.ConfigError("cli.flag", "goes with the verb export",
                              where="--out", hint="export --out=DIR")
+  if command.verb == "compare":
+    from mcpo_jax.compare import verb
+
+    typed = [f"--config.{key}={text}" for key, text in command.overrides]
+    verb.compare(
+        lambda more: read_config(command._replace(
+            overrides=[*command.overrides, *more])),
+        [f"--config={command.flags.get('config')}", *typed],
+        pathlib.Path(workdir))
+    return
   config = read_config(command)
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",

@@ -36,7 +36,8 @@ from mcpo_jax.training import stage as stage_lib
 
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
-    r"(cache_dir|stages|log\..*|export\..*|checkpoint\.(every_steps|keep))$")
+    r"(cache_dir|stages|log\..*|export\..*|compare\..*|"
+    r"checkpoint\.(every_steps|keep))$")
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
