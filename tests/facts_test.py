@@ -109,10 +109,10 @@ def _matrices(toy):
 
 
 def _gradients(toy, per_pool_loss, pools):
-  """[N, 9] gradient of each pool's loss."""
-  return jax.jit(
-      jax.jacfwd(lambda theta: per_pool_loss(_log_pi(theta)[pools]))
-  )(toy.theta)
+  """[N, 9] gradient of each pool's loss, which is a function of its logps."""
+  slopes = jax.jit(jax.grad(lambda logps: per_pool_loss(logps).sum()))
+  per_logp = slopes(_log_pi(toy.theta)[pools])
+  return jnp.einsum("nk,nkd->nd", per_logp, _score_gradients(toy.theta)[pools])
 
 
 def _rnce(sets, beta=BETA):

@@ -177,17 +177,17 @@ def _matrix(transition, block_size):
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("transition", "block_size"),
-    [("categorical", 2), ("metropolis", 1), ("barker", 1),
-     ("self_repellent", 1)],
+    ("transition", "num_steps", "block_size"),
+    [("categorical", 1, 2), ("metropolis", 2, 1), ("barker", 1, 1),
+     ("self_repellent", 2, 1)],
 )
-def test_two_steps_over_fresh_candidates_are_the_squared_matrix(
-    transition, block_size, seed
+def test_steps_over_fresh_candidates_are_the_product_of_exact_matrices(
+    transition, num_steps, block_size, seed
 ):
   num = 200_000
   rng = np.random.default_rng(seed)
   pools = rng.choice(
-      7, p=np.exp(LOG_MU), size=(num, 1 + 2 * block_size)
+      7, p=np.exp(LOG_MU), size=(num, 1 + num_steps * block_size)
   )
   pools[:, 0] = 2
   nowhere = np.zeros((num, 1), np.int32)
@@ -195,22 +195,13 @@ def test_two_steps_over_fresh_candidates_are_the_squared_matrix(
       LOG_TILTS[pools].astype(np.float32),
       exact.pool_sets(pools, {}),
       KernelState(nowhere, nowhere > 0, VISITS[pools].astype(np.int32)),
-      key=jax.random.key(seed), transition=transition, block_size=block_size,
-      num_negatives=1,
+      key=jax.random.key(seed), transition=transition, num_negatives=1,
+      num_steps=num_steps, block_size=block_size,
   )
   with jax.enable_x64(True):
     matrix = np.asarray(_matrix(transition, block_size))
   drawn = np.take_along_axis(pools, state.selected, axis=1)[:, 0]
-  _assert_law(drawn, (matrix @ matrix)[2])
-
-
-def test_one_categorical_step_over_all_is_a_draw_by_weight():
-  state, info = _walk(*_rows(), num_steps=1, block_size=None)
-  law = COPIES * np.exp(SCORES)
-  np.testing.assert_allclose(
-      np.exp(info.log_weights[0]), law / law.sum(), rtol=1e-5
-  )
-  _assert_law(state.selected.ravel(), law)
+  _assert_law(drawn, np.linalg.matrix_power(matrix, num_steps)[2])
 
 
 @pytest.mark.parametrize(
@@ -250,19 +241,24 @@ def test_a_chain_whose_slot_is_no_negative_now_starts_at_the_preferred():
   np.testing.assert_array_equal(got.selected, 0)
 
 
-def test_so_repelled_five_visits_take_all_five_slots():
-  scores, sets, state = _rows(copies=np.ones(K))
+def test_repelled_chains_draw_by_weight_first_and_then_what_is_left():
+  scores, sets, state = _rows()
   state = KernelState(
       state.selected[:, :1], state.selected_mask[:, :1], state.history * 0
   )
   seen = []
   for visit in range(5):
-    state, _ = _walk(
+    state, info = _walk(
         scores, sets._replace(visit=sets.visit + visit), state, repulsion=1e3,
         transition="self_repellent", num_negatives=1, num_steps=1,
         block_size=None,
     )
     seen.append(state.selected[:, 0])
+  weight = COPIES * np.exp(SCORES)
+  _assert_law(seen[0], weight)
+  np.testing.assert_allclose(
+      np.exp(info.log_weights[0]), weight / weight.sum(), rtol=1e-5
+  )
   np.testing.assert_array_equal(
       np.sort(np.stack(seen, axis=1), axis=1), [[0, 1, 2, 3, 4]] * NUM
   )

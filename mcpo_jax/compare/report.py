@@ -66,7 +66,7 @@ def write(
   plots.curves(
       workdir / "compare_curves.png",
       {o.row.name: results.curves(o) for o in outcomes if o.results},
-      results.CURVES)
+      results.CURVES, symlog=("eval/margin",))
   print(text)
 
 

@@ -6,7 +6,7 @@ tell apart; past seven rows dashes and markers change.
 
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.figure import Figure
@@ -66,6 +66,8 @@ def curves(
     path: pathlib.Path,
     rows: Mapping[str, Mapping[str, Mapping[int, float]]],
     titles: Mapping[str, str],
+    *,
+    symlog: Collection[str] = (),
 ) -> None:
   """Metrics over updates, a panel each, a line per row.
 
@@ -73,6 +75,8 @@ def curves(
     path: of the PNG.
     rows: row -> metric -> update -> value.
     titles: metric -> what stands above its panel.
+    symlog: metrics whose scale differs from row to row, drawn linearly between
+      -1 and 1 and logarithmically beyond.
   """
   height = max(3.2, 0.4 + 0.19 * len(rows))
   figure = Figure(figsize=(4.0 * len(titles) + 2.4, height),
@@ -85,6 +89,8 @@ def curves(
       axes.plot([step for step, _ in points], [value for _, value in points],
                 color=_COLOURS[i % len(_COLOURS)], linestyle=dashes,
                 linewidth=1.5, marker=marker, markersize=3)
+    if metric in symlog:
+      axes.set_yscale("symlog", linthresh=1.0)
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("update", fontsize=9)
     _tidy(axes, "both")

@@ -169,7 +169,7 @@ def take_drawn(
   """Slot 0 and the drawn slots: [B, K] becomes [B, J], J = 1 + M.
 
   Args:
-    values: [B, K], e.g. logps.
+    values: [B, K], e.g. logps, or a tree of such arrays.
     sets: [B, K].
     state: [B, M], a draw from `sets`; M may be 0.
     spent: the multiplicity has had its say in the draw and becomes 1; False
@@ -182,7 +182,7 @@ def take_drawn(
   slots = jnp.pad(state.selected, ((0, 0), (1, 0)))
   mask = jnp.pad(state.selected_mask, ((0, 0), (1, 0)), constant_values=True)
   take = lambda x: jnp.take_along_axis(jnp.asarray(x), slots, axis=1)
-  return take(values), sets._replace(
+  return jax.tree.map(take, values), sets._replace(
       role=jnp.where(mask, take(sets.role), 0),
       candidate_mask=jnp.logical_and(mask, take(sets.candidate_mask)),
       candidate_id=take(sets.candidate_id),
