@@ -178,6 +178,12 @@ def test_cells_differ_in_the_named_settings_alone():
   assert len(set(folders)) == 4
 
 
+def test_rows_are_checked_without_jax():
+  code = ("import sys, mcpo_jax.main, mcpo_jax.compare.verb;"
+          "assert 'jax' not in sys.modules")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=run_cases.ROOT)
+
+
 # Runs.
 
 
@@ -392,32 +398,15 @@ def test_rows_with_seeds_of_their_own_are_paired_by_those_they_share(tmp_path):
 
 # The whole, once.
 
-DRIVER = """
-import pathlib, sys
-from absl import logging
-from mcpo_jax import main
-from mcpo_jax.compare import verb
-logging.set_verbosity(logging.INFO)
-command = main.parse(sys.argv[1:])
-verb.compare(
-    lambda more: main.read_config(
-        command._replace(overrides=[*command.overrides, *more])),
-    [w for w in sys.argv[2:] if w.startswith("--config")],
-    pathlib.Path(command.flags["workdir"]))
-assert "jax" not in sys.modules
-"""
-
 
 def test_a_killed_comparison_goes_on_to_the_end(tmp_path):
   flags = run_cases.write_data(tmp_path / "data")
-  command = [
-      sys.executable, "-c", DRIVER, *run_cases.command(
-          "train", tmp_path / "work", *flags,
-          "--config.stages=sft,preference,evaluate",
-          "--config.compare.rows=MC-PO,RNCE | objective.name=rnce "
-          "kernel.temperature=None", "--config.compare.seeds=0,1",
-          "--config.compare.jobs=2", "--config.compare.metric=eval/margin",
-      )[3:]]
+  command = run_cases.command(
+      "compare", tmp_path / "work", *flags,
+      "--config.stages=sft,preference,evaluate",
+      "--config.compare.rows=MC-PO,RNCE | objective.name=rnce "
+      "kernel.temperature=None", "--config.compare.seeds=0,1",
+      "--config.compare.jobs=2", "--config.compare.metric=eval/margin")
   env = run_cases.environment(tmp_path / "cache")
   process = subprocess.Popen(command, cwd=run_cases.ROOT, env=env)
   first = tmp_path / "work" / "cells" / "mc_po" / "0"
