@@ -166,7 +166,7 @@ def markdown(
   out += _table(["row", "seeds", metric, "difference", "p", "p, adjusted",
                  "over prompts"], table)
 
-  out += ["## Other figures", ""]
+  out += ["## Other figures, over all held-out prompts", ""]
   shown = [key for key in FIGURES if key != metric and any(
       key in r.summary for o in outcomes for r in o.results.values())]
   out += _table(["row", *(FIGURES[key] for key in shown)], [[
