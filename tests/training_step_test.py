@@ -9,6 +9,7 @@ import training_cases as cases
 from mcpo_jax import errors
 from mcpo_jax.training import loop, update
 from mcpo_jax.training import stage as stage_lib
+from mcpo_jax.training import step as step_lib
 
 
 def reference_of(batch):
@@ -88,6 +89,24 @@ def test_loss_of_equal_policy_and_reference_is_log_of_one_plus_negatives():
       stage_lib.Reference(lambda b: np.asarray(anchor.logps)))
   np.testing.assert_allclose(metrics["loss"], np.log(3), rtol=1e-5)
   np.testing.assert_allclose(metrics["kernel/ess"], 3, rtol=1e-4)
+
+
+def test_terms_compare_with_the_weights_of_the_reference():
+  model = cases.make_model()
+  stage = cases.stage("tdpo1", strategy="random", score=None)
+  rng = np.random.default_rng(3)
+  batch = cases.host_batch(
+      [cases.candidate_set(rng, i + 1, 4) for i in range(3)], 4)
+  functions = stage_lib.make_functions(stage, model)
+  policy, other = cases.init(model), cases.init(model, seed=1)
+  (chunk,) = model.pack_all(batch)
+  drawn, sets, *_ = functions.draw(
+      0, 0, (), jnp.zeros((3, 4)), model.put_replicated(batch.meta))
+  inputs = step_lib.Inputs(sets, drawn, (), 0)
+  divergence = lambda reference: functions.features(
+      policy, reference, model.put(chunk), inputs).terms["kl"]
+  np.testing.assert_allclose(divergence(policy), 0.0, atol=1e-5)
+  assert (divergence(other) > 0.01).all()
 
 
 @pytest.mark.parametrize("mesh", [

@@ -1,0 +1,445 @@
+"""Test power: mistakes that a test must catch, each made in a copy.
+
+A mutant is a piece of the source text, what stands there instead, and the test
+that must then fail. The copies lie in a temporary folder; the tree itself is
+never touched. Before any mutant the tests run once on an unchanged copy.
+
+  python benchmarks/mutants.py --out=benchmarks/mutants.md
+
+Exits with 1 if a mutant survives.
+"""
+
+import argparse
+import concurrent.futures
+import os
+import pathlib
+import queue
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COPIED = ("mcpo_jax", "tests", "configs", "pyproject.toml")
+
+
+class Mutant(NamedTuple):
+  """One mistake and the test that must see it."""
+
+  name: str
+  file: str  # in mcpo_jax/
+  old: str  # occurs there exactly once
+  new: str
+  test_file: str  # in tests/
+  test: str  # a function of it, with or without [its parameters]
+
+  @property
+  def test_id(self) -> str:
+    return f"tests/{self.test_file}::{self.test}"
+
+
+MUTANTS = (
+    # --- Tokens, masks and positions -----------------------------------------
+    Mutant(
+        "label_shift_later", "data/packing.py",
+        "previous = where - 1",
+        "previous = where",
+        "data_packing_test.py", "test_a_small_chunk_by_hand",
+    ),
+    Mutant(
+        "label_shift_earlier", "models/scoring.py",
+        "source = take(streams.source)[..., None]",
+        "source = jnp.maximum(take(streams.source) - 1, 0)[..., None]",
+        "models_scoring_test.py",
+        "test_every_term_equals_that_of_full_logits",
+    ),
+    Mutant(
+        "prompt_in_mask", "data/packing.py",
+        "masks.append(np.zeros(size, bool))",
+        "masks.append(np.ones(size, bool))",
+        "data_packing_test.py", "test_a_small_chunk_by_hand",
+    ),
+    Mutant(
+        "pad_in_mask", "data/packing.py",
+        "completion_mask=np.zeros(shape, bool)",
+        "completion_mask=np.ones(shape, bool)",
+        "data_packing_test.py", "test_a_small_chunk_by_hand",
+    ),
+    Mutant(
+        "eos_not_in_mask", "data/tokenizer.py",
+        "mask += [piece.scored] * len(new)",
+        "mask += [piece.scored and token != piece.end for token in new]",
+        "data_tokenizer_test.py", "test_a_completion_ends_with_one_end_of_turn",
+    ),
+    Mutant(
+        "ties_are_negatives", "data/packing.py",
+        "np.where(scores < scores[preferred], -1, 0)",
+        "np.where(scores <= scores[preferred], -1, 0)",
+        "data_packing_test.py",
+        "test_an_index_with_scores_keeps_ties_out",
+    ),
+    Mutant(
+        "position_in_stream", "data/packing.py",
+        "flat[1][where] = np.repeat(position, length) + within",
+        "flat[1][where] = where % stream_length",
+        "data_packing_test.py", "test_a_small_chunk_by_hand",
+    ),
+    Mutant(
+        "position_counts_pads", "generation/sampler.py",
+        "p, config, cache, state.last, starts + state.position - 1",
+        "p, config, cache, state.last, starts * 0 + length - 1"
+        " + state.position",
+        "generation_sampler_test.py",
+        "test_a_sample_does_not_depend_on_batch_mates_or_padding",
+    ),
+    Mutant(
+        "one_order_for_all_epochs", "data/batches.py",
+        "_permutation(seed, int(epoch), num_examples)",
+        "_permutation(seed, 0, num_examples)",
+        "data_batches_test.py", "test_seeds_and_epochs_differ",
+    ),
+    # --- The model and what is read from it ----------------------------------
+    Mutant(
+        "attention_to_pads", "models/attention.py",
+        "visible = (distance >= 0) & (distance < window)",
+        "visible = jnp.abs(distance) < window",
+        "models_decoder_test.py",
+        "test_cached_decoding_gives_the_logits_of_the_full_forward",
+    ),
+    Mutant(
+        "attention_to_other_prompts", "models/attention.py",
+        "(keys.prompt[None] == prompt)",
+        "(keys.prompt[None] >= 0)",
+        "models_decoder_test.py", "test_attention_sees_what_the_rule_says",
+    ),
+    Mutant(
+        "attention_to_other_candidates", "models/attention.py",
+        "(keys.candidate[None] < 0) | (keys.candidate[None] == candidate)",
+        "keys.candidate[None] <= candidate",
+        "models_decoder_test.py",
+        "test_a_shared_prompt_gives_the_logps_of_separate_texts",
+    ),
+    Mutant(
+        "mean_for_sum", "models/scoring.py",
+        "name: _sum_by_candidate(x, streams, *sets.role.shape)",
+        "name: _sum_by_candidate(x, streams, *sets.role.shape)"
+        " / jnp.maximum(sets.lengths, 1)",
+        "models_scoring_test.py",
+        "test_every_term_equals_that_of_full_logits",
+    ),
+    Mutant(
+        "bfloat16_logits", "models/decoder.py",
+        "wide = jnp.promote_types(hidden.dtype, jnp.float32)",
+        "wide = hidden.dtype",
+        "models_decoder_test.py", "test_logps_are_float32_under_bfloat16",
+    ),
+    Mutant(
+        "bfloat16_log_softmax", "models/scoring.py",
+        "return _Law(logits, jax.nn.logsumexp(logits, axis=-1), tokens)",
+        "log_z = jax.nn.logsumexp(logits.astype(hidden.dtype), axis=-1)\n"
+        "  return _Law(logits, log_z.astype(logits.dtype), tokens)",
+        "models_decoder_test.py", "test_logps_are_float32_under_bfloat16",
+    ),
+    Mutant(
+        "logps_of_the_nucleus", "generation/sampler.py",
+        "jnp.where(state.done, 0.0, pick(logps[0]))",
+        "jnp.where(state.done, 0.0, pick(law))",
+        "generation_sampler_test.py", "test_logps_are_those_of_the_scorer",
+    ),
+    Mutant(
+        "one_noise_for_all_tokens", "generation/sampling.py",
+        "jax.random.fold_in(key, position), logps.shape[-1:], logps.dtype",
+        "key, logps.shape[-1:], logps.dtype",
+        "generation_sampling_test.py",
+        "test_a_draw_depends_on_its_own_address_alone",
+    ),
+    # --- The reference -------------------------------------------------------
+    Mutant(
+        "reference_of_the_next_row", "training/reference.py",
+        "zip(batch.rows, batch.order)",
+        "zip(np.roll(batch.rows, -1), batch.order)",
+        "training_reference_test.py", "test_the_anchor_follows_the_slots",
+    ),
+    Mutant(
+        "reference_in_record_order", "training/reference.py",
+        "self.logps(int(row))[slots]",
+        "self.logps(int(row))",
+        "training_reference_test.py", "test_the_anchor_follows_the_slots",
+    ),
+    Mutant(
+        "start_gate_open", "training/reference.py",
+        "if not gap <= tolerance:",
+        "if gap < 0:",
+        "training_reference_test.py",
+        "test_the_gate_passes_equal_weights_and_stops_others",
+    ),
+    Mutant(
+        "reference_moves_with_the_policy", "training/step.py",
+        "return features(params, reference, streams, with_prefix(inputs))",
+        "reference = reference and policy_of(params)\n"
+        "    return features(params, reference, streams, with_prefix(inputs))",
+        "training_step_test.py",
+        "test_terms_compare_with_the_weights_of_the_reference",
+    ),
+    Mutant(
+        "gradient_through_the_reference", "models/scoring.py",
+        "reference = jax.lax.stop_gradient(reference)",
+        "reference = reference",
+        "models_scoring_test.py",
+        "test_gradients_are_those_of_finite_differences",
+    ),
+    Mutant(
+        "gradient_through_the_anchor", "objectives/implicit.py",
+        'jax.lax.stop_gradient(jnp.asarray(batch.anchors["ref"]))',
+        'jnp.asarray(batch.anchors["ref"])',
+        "objectives_losses_test.py",
+        "test_no_gradient_reaches_reference_or_statistics",
+    ),
+    # --- Objectives ----------------------------------------------------------
+    Mutant(
+        "beta_twice", "objectives/implicit.py",
+        "return beta * (",
+        "return beta * beta * (",
+        "objectives_losses_test.py", "test_dpo_by_hand",
+    ),
+    Mutant(
+        "beta_left_out", "objectives/implicit.py",
+        "return beta * (",
+        "return (",
+        "objectives_losses_test.py", "test_dpo_by_hand",
+    ),
+    Mutant(
+        "sign_of_the_margin", "objectives/pairs.py",
+        "losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(margins)",
+        "losses = -(1.0 - label_smoothing) * jax.nn.log_sigmoid(-margins)",
+        "objectives_losses_test.py", "test_dpo_by_hand",
+    ),
+    Mutant(
+        "chosen_and_rejected_swapped", "objectives/pairs.py",
+        "return values[:, 0], values[:, 1]",
+        "return values[:, 1], values[:, 0]",
+        "objectives_losses_test.py", "test_dpo_by_hand",
+    ),
+    Mutant(
+        "exponents_not_clipped", "objectives/pairs.py",
+        "jnp.exp(jnp.clip(exponents, -MAX_EXPONENT, MAX_EXPONENT))",
+        "jnp.exp(exponents)",
+        "objectives_pairwise_test.py",
+        "test_extremes_are_finite_in_value_and_gradient",
+    ),
+    Mutant(
+        "ipo_target_doubled", "objectives/pairwise.py",
+        "(pairs.margins(ratios, batch) - 1.0 / (2.0 * beta)) ** 2",
+        "(pairs.margins(ratios, batch) - 1.0 / beta) ** 2",
+        "objectives_losses_test.py",
+        "test_ipo_is_zero_where_the_gap_is_its_target",
+    ),
+    Mutant(
+        "simpo_margin_added", "objectives/reference_free.py",
+        "rewards = beta * _mean_logps(features, batch)\n"
+        "  margins = pairs.margins(rewards, batch) - beta * gamma_beta_ratio",
+        "rewards = beta * _mean_logps(features, batch)\n"
+        "  margins = pairs.margins(rewards, batch) + beta * gamma_beta_ratio",
+        "objectives_reference_free_test.py",
+        "test_value_and_gradient_equal_the_oracle[simpo]",
+    ),
+    Mutant(
+        "aot_not_sorted", "objectives/transport.py",
+        "first - jnp.sort(last(second))[ranks]",
+        "first - second",
+        "objectives_pairwise_test.py", "test_aot_by_hand",
+    ),
+    Mutant(
+        "cd_mean_over_the_moved", "objectives/softmax.py",
+        "losses = jnp.mean(excess, axis=1)",
+        "losses = jnp.sum(excess, axis=1)"
+        " / jnp.maximum(jnp.sum(moved, axis=1), 1)",
+        "objectives_losses_test.py",
+        "test_value_and_gradient_equal_the_oracle[cd]",
+    ),
+    Mutant(
+        "gradient_through_the_weight", "objectives/softmax.py",
+        "jax.lax.stop_gradient(1.0 - p_0)",
+        "(1.0 - p_0)",
+        "objectives_losses_test.py",
+        "test_no_gradient_reaches_reference_or_statistics[cd_out]",
+    ),
+    Mutant(
+        "gradient_through_the_divergence", "objectives/token_level.py",
+        "chosen = jax.lax.stop_gradient(values[:, :1])",
+        "chosen = values[:, :1]",
+        "objectives_token_level_test.py",
+        "test_value_and_gradient_equal_the_oracle[tdpo2]",
+    ),
+    Mutant(
+        "plackett_luce_reversed", "objectives/listwise.py",
+        "_above(batch), excess + jnp.log(count)[:, None, :], -jnp.inf",
+        "_above(batch).swapaxes(1, 2),"
+        " excess + jnp.log(count)[:, None, :], -jnp.inf",
+        "objectives_listwise_test.py", "test_plackett_luce_by_hand",
+    ),
+    Mutant(
+        "kto_z_of_matched_completions", "objectives/unpaired.py",
+        "mismatched = mask & mask[:, :1] & _mismatched(batch)",
+        "mismatched = mask & mask[:, :1] & ~_mismatched(batch)",
+        "objectives_unpaired_test.py", "test_kto_by_hand",
+    ),
+    Mutant(
+        "bco_shift_of_the_last_visit", "objectives/unpaired.py",
+        "jnp.where(desirable, rewards - delta, delta - rewards)",
+        "jnp.where(desirable, rewards - old, old - rewards)",
+        "objectives_unpaired_test.py", "test_bco_by_hand_over_two_visits",
+    ),
+    Mutant(
+        "average_moved_by_held_out_rows", "objectives/moving.py",
+        "row = jnp.where(row < 0, len(stored), row)",
+        "row = jnp.where(row < 0, 0, row)",
+        "objectives_moving_test.py",
+        "test_held_out_prompts_take_the_fresh_estimate_and_leave_none",
+    ),
+    # --- The step ------------------------------------------------------------
+    Mutant(
+        "mean_of_the_chunk", "training/step.py",
+        "total = jnp.sum(loss) / denominator(sets).astype(loss.dtype)",
+        "total = jnp.sum(loss) / jnp.sum(present).astype(loss.dtype)",
+        "training_step_test.py",
+        "test_more_chunks_leave_the_update_unchanged[rnce-all]",
+    ),
+    Mutant(
+        "divided_twice", "training/step.py",
+        "lambda c, x: jnp.sum(c * x), cotangent, values)",
+        "lambda c, x: jnp.sum(c * x) / denominator(inputs.sets),\n"
+        "          cotangent, values)",
+        "training_step_test.py",
+        "test_cotangents_give_the_gradient_of_the_fused_path",
+    ),
+    Mutant(
+        "update_that_is_not_finite", "training/step.py",
+        "lambda a, b: jnp.where(finite, a, b), new, state",
+        "lambda a, b: a, new, state",
+        "training_step_test.py",
+        "test_a_non_finite_batch_stops_and_leaves_the_weights",
+    ),
+    Mutant(
+        "damage_not_seen", "commit.py",
+        'if file_sha256(path) != entry["sha256"]:',
+        'if not file_sha256(path):',
+        "commit_test.py", "test_damage_is_named",
+    ),
+)
+
+
+def main() -> int:
+  parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+  parser.add_argument("--out", type=pathlib.Path, help="Markdown file")
+  parser.add_argument("--only", metavar="NAME", help="this mutant alone")
+  parser.add_argument("--jobs", type=int, default=1, help="tests at a time")
+  args = parser.parse_args()
+  chosen = [m for m in MUTANTS if args.only in (None, m.name)]
+  if not chosen:
+    parser.error(f"no mutant {args.only!r}")
+  for mutant in chosen:
+    mutate(mutant)  # refuses one that does not fit before any test runs
+
+  with tempfile.TemporaryDirectory() as folder:
+    copies = queue.SimpleQueue()
+    for i in range(args.jobs):
+      copies.put(copy_tree(pathlib.Path(folder) / str(i)))
+    caught = run_tests(pathlib.Path(folder) / "0", {m.test_id for m in chosen})
+    if caught:
+      raise SystemExit(f"fails without any mutant: {caught}")
+
+    def try_one(mutant):
+      copy, start = copies.get(), time.perf_counter()
+      path = copy / "mcpo_jax" / mutant.file
+      path.write_text(mutate(mutant))
+      caught = run_tests(copy, {mutant.test_id})
+      shutil.copy(ROOT / "mcpo_jax" / mutant.file, path)
+      copies.put(copy)
+      seconds = time.perf_counter() - start
+      print(f"{mutant.name}: {caught or 'SURVIVES'}", file=sys.stderr)
+      return mutant, caught, seconds
+
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+      results = list(pool.map(try_one, chosen))
+
+  text = table(results)
+  if args.out:
+    args.out.write_text(text)
+  sys.stdout.write(text)
+  return int(not all(caught for _, caught, _ in results))
+
+
+def mutate(mutant: Mutant) -> str:
+  """The mutated file's text.
+
+  Raises:
+    SystemExit: the old text does not occur exactly once.
+  """
+  text = (ROOT / "mcpo_jax" / mutant.file).read_text()
+  count = text.count(mutant.old)
+  if count != 1:
+    raise SystemExit(
+        f"{mutant.name}: its text occurs {count} times in {mutant.file}")
+  return text.replace(mutant.old, mutant.new)
+
+
+def copy_tree(folder: pathlib.Path) -> pathlib.Path:
+  """What the tests need, in `folder`."""
+  folder.mkdir()
+  for name in COPIED:
+    if (ROOT / name).is_dir():
+      shutil.copytree(ROOT / name, folder / name,
+                      ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+      shutil.copy(ROOT / name, folder / name)
+  return folder
+
+
+def run_tests(folder: pathlib.Path, test_ids: set[str]) -> str | None:
+  """The first test that fails, None if all pass.
+
+  Raises:
+    SystemExit: pytest could not run them.
+  """
+  # A file that changes twice a second may keep its size: no bytecode.
+  env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
+  done = subprocess.run(
+      [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+       *sorted(test_ids)],
+      cwd=folder, env=env, capture_output=True, text=True)
+  if done.returncode == 0:
+    return None
+  failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout,
+                     re.MULTILINE)
+  if done.returncode != 1 or not failed:
+    raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
+  return failed[1]
+
+
+def table(results: list[tuple[Mutant, str | None, float]]) -> str:
+  """Markdown, one line a mutant."""
+  killed = sum(bool(caught) for _, caught, _ in results)
+  lines = [
+      f"| {mutant.name} | {mutant.file} | {caught or '**survives**'} "
+      f"| {seconds:.0f} |"
+      for mutant, caught, seconds in results
+  ]
+  return f"""# Mutants
+
+Command: `python benchmarks/mutants.py --out=benchmarks/mutants.md`
+
+{killed} of {len(results)} are caught. `benchmarks/mutants.py` says what each \
+of them changes.
+
+| mutant | file | caught by | s |
+|---|---|---|---|
+{chr(10).join(lines)}
+"""
+
+
+if __name__ == "__main__":
+  sys.exit(main())
