@@ -14,7 +14,7 @@ from mcpo_jax import commit, errors, objective_names, registry, settings
 from mcpo_jax.data import audit as audit_lib
 from mcpo_jax.data import mismatched, packing
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.evaluation import preferences, samples
+from mcpo_jax.evaluation import likelihood, preferences, samples
 from mcpo_jax.generation import service as service_lib
 from mcpo_jax.kernels import weights
 from mcpo_jax.models import hf
@@ -254,6 +254,18 @@ def host_token_logps(model: stage_lib.Model, params):
   return lambda chunk: np.asarray(function(params, model.put(chunk)))
 
 
+def host_sequence_logps(model: stage_lib.Model, params):
+  """batch -> [B, K] on the host, with fixed weights."""
+  function = jax.jit(model.sequence_logps, static_argnums=(2, 3))
+
+  def logps(batch):
+    return np.asarray(sum(
+        function(params, model.put(chunk), *batch.meta.role.shape)
+        for chunk in model.pack_all(batch)))
+
+  return logps
+
+
 def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   """Aligns the start on the candidate sets of data.path."""
   config, folder = run.config, run.workdir / "preference"
@@ -341,15 +353,7 @@ def make_references(
     return dict.fromkeys(("train", "eval"), stage_lib.NO_REFERENCE)
   if source == "resident":
     params, other = reference_params(run, model, start)
-    sequence_logps = jax.jit(other.sequence_logps, static_argnums=(2, 3))
-
-    def resident(batch):
-      shape, out = batch.meta.role.shape, 0.0
-      everything = [list(range(len(o))) for o in batch.order]
-      for chunk in other.pack(batch.sets, everything, batch.order):
-        out = out + sequence_logps(params, other.put(chunk), *shape)
-      return np.asarray(out)
-
+    resident = host_sequence_logps(other, params)
     needs_weights = registry.FULL_DISTRIBUTION & set(
         objective_names.find_objective(run.config["objective"]["name"]).terms)
     return {name: stage_lib.Reference(resident, params if needs_weights else ())
@@ -380,7 +384,15 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
         data, some, np.zeros(len(some), np.int32), batch_size=stage.batch_size,
         **options))
   shown = prompt_set(data, rows[:limits["num_display"]])
-  service = make_service(run, model, start())
+  params = start()
+  service = make_service(run, model, params)
+  # The start's log-probs are known already where it is the reference.
+  start_is_reference = (run.config["reference"]["source"] is not None
+                        and run.config["reference"]["path"] is None)
+  logps = (reference.logps if start_is_reference
+           else host_sequence_logps(model, params))
+  start_logps = np.concatenate(
+      [logps(batch)[batch.meta.candidate_mask[:, 0]] for batch in held])
   greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0,
             "seed": stage.seed, "prompt_ids": shown.prompt_ids}
   before = service.generate(shown.tokens, **greedy).text
@@ -395,6 +407,12 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
         out.logps / per_token, out.ref_logps / per_token, out.role, out.scores,
         beta=stage.objective_settings.get("beta", 1.0), seed=stage.seed)
     step = int(state.step)
+    values |= likelihood.likelihood_metrics(
+        out.logps, start_logps, (out.logps - out.ref_logps) / per_token,
+        out.role, out.lengths, products=out.products, topk_mass=out.topk_mass,
+        topk_entropy=out.topk_entropy)
+    if step == 0 and start_is_reference:  # all margins are 0, but for rounding
+      values["likelihood/length_correlation"] = np.nan
     service.update(step_lib.policy_of(state.params), step)
     now = service.generate(shown.tokens, **greedy).text
     lines = path.read_text().splitlines() if path.exists() else []
@@ -449,8 +467,8 @@ def make_service(
 
 
 def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
-  """Held-out loss, accuracy and margin; with a reward also samples of
-  held-out prompts, aligned against start.
+  """Held-out loss, accuracy, margin and likelihoods; with a reward also
+  samples of held-out prompts, aligned against start, and their KL.
 
   Both models draw with the same noise; the interval is over prompts.
   """
@@ -485,15 +503,18 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         top_p=top_p, seed=seed)
 
   before = {law: sample(law) for law in laws}
-  service.update(hf.load_params(
+  aligned = hf.load_params(
       finished(run, "preference"), model.config,
       shardings=model.param_shardings,
-      dtype=run.config["model"]["param_dtype"]), 1)
+      dtype=run.config["model"]["param_dtype"])
+  service.update(aligned, 1)
   shown, per_prompt = {}, {}
   for law in laws:
     after = sample(law)
     compared = samples.compare(
         before[law], after, prompts.prompts, names=names, seed=seed)
+    if not law:
+      summary |= sampled_kl(model, aligned, start, prompts, after, seed=seed)
     shown[law or "sampled/"] = compared.pop("samples")
     summary |= {law + name: value for name, value in compared.items()}
     per_prompt[law.rstrip("/") or "sampled"] = {
@@ -513,9 +534,31 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   return summary
 
 
+def sampled_kl(
+    model: stage_lib.Model, aligned, start, prompts: samples.PromptSet,
+    drawn: samples.ScoredSamples, *, seed: int,
+) -> dict[str, float]:
+  """How far the aligned model is from the start, on samples of its own."""
+  sets = samples.candidate_sets(prompts, drawn)
+  longest = drawn.mask.shape[-1] + max(len(s.prompt) for s in sets)
+  model = model._replace(stream_length=max(model.stream_length, longest))
+  token_logps = jax.jit(model.token_logps)
+
+  def score(params):
+    tokens, _, _ = reference.score_sets(
+        sets, lambda chunk: np.asarray(token_logps(params, model.put(chunk))),
+        model.pack)
+    logps = np.zeros(drawn.mask.shape, np.float32)
+    logps[drawn.mask] = tokens
+    return logps
+
+  return likelihood.kl_metrics(
+      score(aligned), score(start()), drawn.raw_logps, drawn.mask, seed=seed)
+
+
 def held_out_metrics(run: setup.Run) -> dict[str, float]:
-  """Loss, accuracy and margin on held-out rows of the weights that the
-  preference stage ended with, as its last evaluation wrote them."""
+  """Loss, accuracy, margin and likelihoods on held-out rows of the weights
+  that the preference stage ended with, as its last evaluation wrote them."""
   result = json.loads((run.workdir / "preference/result.json").read_text())
   rows = [json.loads(line) for line in (
       run.workdir / "metrics.jsonl").read_text().splitlines()]

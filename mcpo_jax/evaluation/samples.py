@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mcpo_jax import types
 from mcpo_jax.evaluation import statistics
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.rewards import functions
@@ -26,6 +27,9 @@ class ScoredSamples(NamedTuple):
   text: list[list[str]]
   lengths: np.ndarray  # [R, N] tokens, the stop token included
   stopped: np.ndarray  # [R, N] bool, True where a stop token ended it
+  tokens: np.ndarray  # [R, N, C] int32
+  mask: np.ndarray  # [R, N, C] bool, True up to and including the stop token
+  raw_logps: np.ndarray  # [R, N, C] of the model, as the sampler had them
 
 
 def sample_and_score(
@@ -75,7 +79,37 @@ def sample_and_score(
       text=result.text,
       lengths=result.mask.sum(-1),
       stopped=np.array(result.finish_reason) == "stop",
+      tokens=result.tokens,
+      mask=result.mask,
+      raw_logps=result.behaviour_raw_logps,
   )
+
+
+def candidate_sets(
+    prompt_set: PromptSet, samples: ScoredSamples
+) -> list[types.CandidateSet]:
+  """The samples of each prompt as the candidates of a set, in their order."""
+  num_samples = samples.mask.shape[1]
+  return [
+      types.CandidateSet(
+          example_id=example_id,
+          prompt_id="{:08x}{:08x}".format(*example_id),
+          prompt=np.asarray(prompt, np.int32),
+          completions=[ids[here] for ids, here in zip(tokens, mask)],
+          completion_masks=[np.ones(here.sum(), bool) for here in mask],
+          candidate_ids=np.arange(num_samples, dtype=np.uint32),
+          multiplicity=np.ones(num_samples, np.int32),
+          scores=scores.astype(np.float32),
+          preferred=-1,
+      )
+      for example_id, prompt, tokens, mask, scores in zip(
+          prompt_set.prompt_ids,
+          prompt_set.tokens,
+          samples.tokens,
+          samples.mask,
+          samples.scores,
+      )
+  ]
 
 
 def summarize(samples: ScoredSamples, *, seed: int) -> dict[str, float]:

@@ -83,6 +83,13 @@ class Model(NamedTuple):
         objective_params=params.get("objective"),
         compute_dtype=self.compute_dtype, remat=self.remat)
 
+  def held_out_values(self, params, streams, sets):
+    """Features [B, K] and hidden sums [B, K, D]; see
+    `scoring.held_out_values`."""
+    return scoring.held_out_values(
+        step_lib.policy_of(params), self.config, streams, sets,
+        compute_dtype=self.compute_dtype)
+
 
 class Stage(NamedTuple):
   """Plain settings of one stage, from the resolved config."""
@@ -162,7 +169,8 @@ def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
       functools.partial(
           model.features, terms=entry.terms,
           confidence=first_setting(stage, "confidence", None)),
-      model.sequence_logps, make_objective(stage, model),
+      model.sequence_logps, model.held_out_values,
+      make_objective(stage, model),
       step_lib.Kernel(
           **kernel, replace=entry.replace, corrected=stage.corrected),
       tx, schedule, num_steps=stage.num_steps, refresh=stage.refresh,

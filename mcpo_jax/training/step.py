@@ -11,6 +11,7 @@ shape, so that each function here is traced once whatever the batch looks like:
               from_loss        the chunk holds its sets whole: loss and gradient
               from_cotangents  d loss / d features of the whole batch is known
   update    one optimizer update, unless something is not finite
+  examine   sum over chunks of all that an evaluation reads; evaluate: its loss
 
 `from_cotangents` makes accumulation exact for every loss, also for one that
 looks at the whole batch; when the pool was scored anyway its features are
@@ -144,6 +145,7 @@ class StepFunctions(NamedTuple):
   cotangents: Callable[..., tuple[types.Features, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  examine: Callable[..., tuple[types.Features, jax.Array]]
   evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
 
@@ -207,6 +209,7 @@ def remember(
 def make_step_functions(
     features: Callable[..., types.Features],
     sequence_logps: Callable[..., jax.Array],
+    held_out_values: Callable[..., tuple[types.Features, jax.Array]],
     objective: Objective,
     kernel: Kernel,
     tx: optax.GradientTransformation,
@@ -228,6 +231,8 @@ def make_step_functions(
       what is not in the streams.
     sequence_logps: (params, streams, num_sets, num_slots) -> [B, K] float32,
       their log-probs alone.
+    held_out_values: (params, streams, sets) -> Features [B, K] and hidden sums
+      [B, K, D], for evaluations.
     objective: the loss and its needs.
     kernel: how negatives are drawn.
     tx, schedule: optax; the schedule is only reported.
@@ -476,5 +481,6 @@ def make_step_functions(
                           out_shardings=accumulator_shardings),
       update=jit(update, donate_argnums=0,
                  out_shardings=(state_shardings, replicated)),
+      examine=jit(held_out_values, out_shardings=replicated),
       evaluate=jit(evaluate, out_shardings=replicated),
   )

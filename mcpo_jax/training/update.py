@@ -4,6 +4,7 @@ What the host does around the jitted functions of `step`: packs streams, adds
 up chunks, reads which candidates were drawn.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -139,6 +140,21 @@ def feature_chunks(
   return values
 
 
+def examine_chunks(
+    model: Model,
+    functions: step_lib.StepFunctions,
+    params: types.Params,
+    sets: types.SetBatch,
+    chunks: list[types.Streams],
+) -> tuple[types.Features, np.ndarray]:
+  """What an evaluation reads of the chunks: Features [B, K] and, on the host
+  in float64, sums of hidden states [B, K, D]; see `scoring.held_out_values`."""
+  values, hidden = functools.reduce(
+      lambda total, more: jax.tree.map(jnp.add, total, more),
+      (functions.examine(params, model.put(chunk), sets) for chunk in chunks))
+  return values, np.asarray(hidden, np.float64)
+
+
 def drawn_slots(
     drawn: types.KernelState, batch: batch_lib.HostBatch, *, contrast: bool
 ) -> list[np.ndarray]:
@@ -163,6 +179,10 @@ class HeldOut(NamedTuple):
   role: np.ndarray  # [N, K]
   scores: np.ndarray  # [N, K]
   lengths: np.ndarray  # [N, K] scored tokens
+  # [N, K] inner products of a candidate's sum of hidden states with slot 0's
+  products: np.ndarray
+  topk_mass: np.ndarray  # [N] summed over tokens of the preferred completion
+  topk_entropy: np.ndarray  # [N] likewise
 
 
 def score_held_out(
@@ -178,9 +198,9 @@ def score_held_out(
   for batch in held:
     batch = with_anchors(batch, stage, reference)
     sets, chunks = model.put_replicated(batch.meta), model.pack_all(batch)
-    values = score_chunks(
-        model, functions, state.params, batch, sets, chunks)
-    logps = values.logps
+    values, hidden = examine_chunks(
+        model, functions, state.params, sets, chunks)
+    logps, topk = values.logps, values.terms
     drawn, sets, _, _ = functions.draw(
         stage.seed, state.step, state.memory, logps, sets)
     inputs = step_lib.Inputs(sets, drawn, state.objective_state, state.step)
@@ -193,7 +213,10 @@ def score_held_out(
     ref = batch.meta.anchors.get("ref", np.zeros_like(batch.meta.scores))
     rows.append(tuple(x[seen] for x in (
         np.asarray(logps), ref, batch.meta.role, batch.meta.scores,
-        batch.meta.lengths)))
+        batch.meta.lengths,
+        np.einsum("bd,bkd->bk", hidden[:, 0], hidden),
+        *(np.asarray(topk[name])[:, 0]
+          for name in ("topk_mass", "topk_entropy")))))
   held_out = HeldOut(0.0, *map(np.concatenate, zip(*rows)))
   count = len(held_out.role)
   if stage.entry.reduce == "tokens":
