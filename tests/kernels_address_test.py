@@ -54,6 +54,28 @@ def test_key_purpose_and_chain_change_all_noise():
   assert np.all(_noise(sets, purpose=2, chain=3) != swapped)
 
 
+def test_every_step_of_a_chain_has_noise_of_its_own():
+  _, sets = batches.random_batch(0)
+  step = lambda j: np.asarray(
+      address.gumbel(KEY, sets, purpose=address.CHAIN_MOVE, chain=2, step=j)
+  )
+  plain = _noise(sets, purpose=address.CHAIN_MOVE, chain=2)
+  assert np.all(plain != step(0)) and np.all(step(0) != step(1))
+  # The step is the last word: draws without steps keep their noise.
+  key = KEY
+  for data in (
+      address.CHAIN_MOVE, 2, int(sets.visit[1]), sets.example_id[1, 0],
+      sets.example_id[1, 1], sets.candidate_id[1, 2], 1,
+  ):
+    key = jax.random.fold_in(key, data)
+  assert step(1)[1, 2] == jax.random.gumbel(key, mode="high")
+
+
+def test_no_purpose_is_given_twice():
+  numbers = [x for x in vars(address).values() if isinstance(x, int)]
+  assert len(numbers) == len(set(numbers)) == 6
+
+
 def test_noise_ignores_rows_slots_padding_and_metadata():
   logps, sets = batches.random_batch(2)
   base = _noise(sets)

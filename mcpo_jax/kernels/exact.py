@@ -58,7 +58,7 @@ def pool_sets(pools: np.ndarray, anchors: dict[str, Array]) -> SetBatch:
       multiplicity=np.ones(pools.shape, np.int32),
       scores=np.full(pools.shape, np.nan, np.float32),
       lengths=np.ones(pools.shape, np.int32),
-      anchors={name: jnp.asarray(x)[pools] for name, x in anchors.items()},
+      anchors={name: x[pools] for name, x in anchors.items()},
       example_id=np.stack([ids, np.zeros_like(ids)], axis=1),
       visit=np.zeros(num_pools, np.int32),
       row=np.arange(num_pools, dtype=np.int32),
