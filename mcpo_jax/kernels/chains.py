@@ -79,8 +79,8 @@ def walk(
       and know no history. Rows without candidates have zeros.
 
   Raises:
-    ValueError: at trace time, on an unknown transition or init, a state that
-      does not hold what is asked for, or blocks that no set could fill.
+    ValueError: at trace time, on an unknown transition or init, or on steps
+      whose blocks no set could fill.
 
   References:
     Chen et al. 2025, https://arxiv.org/abs/2502.04567
