@@ -161,7 +161,7 @@ KEYS: dict[str, Setting] = {
     "compare.seeds": _ANY,
     "compare.jobs": _COUNT,
     "compare.metric": _ANY,
-    "compare.minutes": _or_none(_COUNT),
+    "compare.minutes": _or_none(_COUNT._replace(low=0)),
 } | {
     f"{group}optimizer.{name}": setting
     for group in ("", "sft.")
@@ -569,20 +569,22 @@ def _resolve_chain(config, entry) -> list[errors.McpoError]:
            "it stands", "include_preferred", "True, or leave it out")
   else:
     kernel["include_preferred"] = True
-  if kernel["transition"] == "self_repellent":
-    kernel["repulsion"] = kernel["repulsion"] or 1.0
-  elif kernel["repulsion"] is not None:
-    refuse("config.unused", "only self_repellent chains read it", "repulsion",
-           "leave it out")
-  if (kernel["num_steps"] or 1) > 1 and kernel["block_size"] is None:
-    refuse("config.missing", "every step needs candidates of its own: on one "
-           "fixed set a second step changes nothing", "block_size",
-           "a whole number, num_steps * block_size <= candidates")
   constant = kernel["temperature_schedule"] in (None, "constant")
   if constant != (kernel["temperature_end"] is None):
     refuse("config.unused" if constant else "config.missing",
            "temperature_end goes with a temperature_schedule",
            "temperature_end", "None" if constant else "a number > 0")
+  if kernel["transition"] is None:  # no chain
+    return found
+  if kernel["transition"] == "self_repellent":
+    kernel["repulsion"] = kernel["repulsion"] or 1.0
+  elif kernel["repulsion"] is not None:
+    refuse("config.unused", "only self_repellent chains read it", "repulsion",
+           "leave it out")
+  if kernel["num_steps"] > 1 and kernel["block_size"] is None:
+    refuse("config.missing", "every step needs candidates of its own: on one "
+           "fixed set a second step changes nothing", "block_size",
+           "a whole number, num_steps * block_size <= candidates")
   if has_memory(kernel):
     if str(kernel["refresh"]) != "step":
       refuse("config.conflict", "a chain with a memory moves at every step",

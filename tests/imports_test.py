@@ -16,8 +16,8 @@ FLOORS = [
     {"data", "models"},
     {"generation", "rewards", "checkpoints"},
     {"training", "evaluation"},
-    {"verbs"},
-    {"main", "compare"},
+    {"verbs", "compare"},
+    {"main"},
     {"__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -279,6 +279,33 @@ def resolve(**values):
      "config.unused", "proposal.correction"),
     ({"proposal__correction": True, "kernel__strategy": "max"},
      "config.unused", "proposal.correction"),
+    ({"kernel__num_steps": 3}, "config.missing", "kernel.block_size"),
+    ({"kernel__transition": "barker", "kernel__include_preferred": False},
+     "config.conflict", "kernel.include_preferred"),
+    ({"kernel__transition": "barker", "kernel__repulsion": 1.0},
+     "config.unused", "kernel.repulsion"),
+    ({"kernel__transition": "gibbs"}, "config.range", "kernel.transition"),
+    ({"kernel__temperature_end": 0.1},
+     "config.unused", "kernel.temperature_end"),
+    ({"kernel__temperature_schedule": "linear"},
+     "config.missing", "kernel.temperature_end"),
+    ({"kernel__init": "persistent", "kernel__refresh": "epoch"},
+     "config.conflict", "kernel.refresh"),
+    ({"kernel__transition": "self_repellent", "data__preferred": "top_k",
+      "data__top_k": 2}, "config.conflict", "data.preferred"),
+    ({"kernel__num_steps": 2, "kernel__strategy": "max"},
+     "config.unused", "kernel.num_steps"),
+    ({"evaluation__estimator_every_steps": 5, "objective__name": "dpo"},
+     "config.unused", "evaluation.estimator_every_steps"),
+    ({"objective__name": "tdpo1", "reference__source": "cached"},
+     "config.conflict", "reference.source"),
+    ({"objective__name": "infonca", "kernel__strategy": "random"},
+     "config.range", "kernel.strategy"),
+    ({"objective__name": "dpo", "kernel__strategy": "pool"},
+     "config.range", "kernel.strategy"),
+    ({"objective__name": "robust_dpo", "objective__label_smoothing": 0.5},
+     "config.range", "objective.label_smoothing"),
+    ({"kernel__strategy": "no_file:walk"}, "config.range", "kernel.strategy"),
 ])
 def test_settings_without_effect_are_refused(values, slug, where):
   with pytest.raises(errors.ConfigError) as caught:
@@ -290,3 +317,9 @@ def test_settings_with_effect_are_taken():
   resolve(kernel__refresh="20", proposal__correction=True)
   resolve(kernel__refresh="epoch", kernel__strategy="max")
   resolve(objective__name="rnce", proposal__correction=True)
+  chain = resolve(kernel__transition="self_repellent")["kernel"]
+  assert chain["include_preferred"] is True and chain["repulsion"] == 1.0
+  assert resolve()["kernel"]["include_preferred"] is False
+  assert resolve(objective__name="cd")["kernel"]["include_preferred"] is True
+  assert resolve(objective__name="tdpo1")["reference"]["source"] == "resident"
+  assert resolve(objective__name="simpo")["reference"]["source"] is None

@@ -294,7 +294,7 @@ def sparse_po_parameters(
   return {
       "kernel": jnp.zeros((*shape, config.hidden_size)),
       "bias": jnp.ones(shape),
-      "mixer": jnp.full(shape, 1.0 / config.num_layers),
+      "mixer": jnp.full(shape, 1.0 / config.num_layers, jnp.float32),
   }
 
 
