@@ -66,9 +66,8 @@ def walk(
     include_preferred: False: a chain that stands on the preferred completion
       must leave it, unless its block is empty.
     repulsion: >= 0; `self_repellent` divides the weight of what was drawn n
-      times by (1 + n)^repulsion. In the long run it draws from one fixed pool
-      in proportion to weight^(1 / (1 + repulsion)), more evenly than
-      independent draws would.
+      times by (1 + n)^repulsion. In the long run one step from the preferred
+      draws from a fixed pool in proportion to weight^(1 / (1 + repulsion)).
     corrected: see `weights.proposal_correction`.
 
   Returns:
