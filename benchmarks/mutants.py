@@ -72,7 +72,8 @@ MUTANTS = (
         "eos_not_in_mask", "data/tokenizer.py",
         "mask += [piece.scored] * len(new)",
         "mask += [piece.scored and token != piece.end for token in new]",
-        "data_tokenizer_test.py", "test_a_completion_ends_with_one_end_of_turn",
+        "data_tokenizer_test.py",
+        "test_prompt_and_completion_join_to_the_template_s_own_text",
     ),
     Mutant(
         "ties_are_negatives", "data/packing.py",
@@ -121,14 +122,6 @@ MUTANTS = (
         "keys.candidate[None] <= candidate",
         "models_decoder_test.py",
         "test_a_shared_prompt_gives_the_logps_of_separate_texts",
-    ),
-    Mutant(
-        "mean_for_sum", "models/scoring.py",
-        "name: _sum_by_candidate(x, streams, *sets.role.shape)",
-        "name: _sum_by_candidate(x, streams, *sets.role.shape)"
-        " / jnp.maximum(sets.lengths, 1)",
-        "models_scoring_test.py",
-        "test_every_term_equals_that_of_full_logits",
     ),
     Mutant(
         "bfloat16_logits", "models/decoder.py",
@@ -198,6 +191,184 @@ MUTANTS = (
         "objectives_losses_test.py",
         "test_no_gradient_reaches_reference_or_statistics",
     ),
+    # --- Noise ---------------------------------------------------------------
+    Mutant(
+        "key_of_the_visit_before", "kernels/address.py",
+        "sets.visit[:, None],",
+        "sets.visit[:, None] // 2,",
+        "kernels_address_test.py",
+        "test_every_part_of_the_address_changes_all_noise",
+    ),
+    Mutant(
+        "key_by_row", "kernels/address.py",
+        "sets.example_id[:, :1],",
+        "jnp.arange(len(sets.visit))[:, None],",
+        "kernels_address_test.py",
+        "test_noise_ignores_rows_slots_padding_and_metadata",
+    ),
+    Mutant(
+        "key_by_slot", "kernels/address.py",
+        "      sets.candidate_id,\n  )",
+        "      jnp.arange(sets.role.shape[1])[None, :],\n  )",
+        "kernels_address_test.py",
+        "test_noise_ignores_rows_slots_padding_and_metadata",
+    ),
+    Mutant(
+        "noise_shared_by_chains", "kernels/address.py",
+        "      purpose,\n      chain,",
+        "      purpose,\n      0,",
+        "kernels_address_test.py",
+        "test_key_purpose_and_chain_change_all_noise",
+    ),
+    Mutant(
+        "noise_shared_by_steps", "kernels/chains.py",
+        "move = noise(address.CHAIN_MOVE, j)",
+        "move = noise(address.CHAIN_MOVE, 0)",
+        "kernels_chains_test.py",
+        "test_steps_over_fresh_candidates_are_the_product_of_exact_matrices",
+    ),
+    Mutant(
+        "noise_cut_at_16", "kernels/address.py",
+        'jax.random.gumbel(candidate_key, mode="high")',
+        "jax.random.gumbel(candidate_key)",
+        "kernels_address_test.py", "test_noise_is_a_fixed_number",
+    ),
+    # --- Weights and draws ---------------------------------------------------
+    Mutant(
+        "softmax_over_the_batch", "kernels/weights.py",
+        "jax.nn.log_softmax(logits, axis=1)",
+        "jax.nn.log_softmax(logits, axis=0)",
+        "kernels_mc_test.py", "test_info_of_a_hand_worked_row",
+    ),
+    Mutant(
+        "temperature_inverted", "kernels/weights.py",
+        "(scores - top) / temperature",
+        "(scores - top) * temperature",
+        "kernels_mc_test.py",
+        "test_temperature_goes_from_the_maximum_to_uniform",
+    ),
+    Mutant(
+        "multiplicity_left_out", "kernels/weights.py",
+        "jnp.where(first, 1, jnp.maximum(sets.multiplicity, 1))",
+        "jnp.ones_like(sets.multiplicity)",
+        "kernels_mc_test.py", "test_random_draws_by_multiplicity_alone",
+    ),
+    Mutant(
+        "multiplicity_of_the_preferred", "kernels/weights.py",
+        "jnp.where(first, 1, jnp.maximum(sets.multiplicity, 1))",
+        "jnp.maximum(sets.multiplicity, 1)",
+        "kernels_mc_test.py", "test_preferred_counts_once",
+    ),
+    Mutant(
+        "multiplicity_spent_twice", "kernels/mc.py",
+        "jnp.ones_like(slots) if spent else take(sets.multiplicity)",
+        "take(sets.multiplicity)",
+        "kernels_mc_test.py",
+        "test_taking_the_drawn_keeps_what_belongs_to_them",
+    ),
+    Mutant(
+        "padded_candidate_counted", "kernels/weights.py",
+        "negative = jnp.logical_and(sets.role == -1, sets.candidate_mask)",
+        "negative = sets.role == -1",
+        "objectives_losses_test.py",
+        "test_rows_without_a_negative_are_zero_without_gradient[rnce]",
+    ),
+    Mutant(
+        "padded_candidate_drawn", "kernels/mc.py",
+        "keys = (tie, rank, ~candidate)",
+        "keys = (tie, rank)",
+        "kernels_mc_test.py", "test_rows_with_few_negatives_use_fewer",
+    ),
+    Mutant(
+        "preferred_left_out", "kernels/weights.py",
+        "return jnp.logical_or(negatives(sets), _preferred(sets))",
+        "return negatives(sets)",
+        "facts_test.py",
+        "test_2_kernel_leaves_the_model_invariant_in_detailed_balance",
+    ),
+    Mutant(
+        "preferred_left_out_of_its_weight", "kernels/weights.py",
+        "      include_preferred=True,",
+        "      include_preferred=False,",
+        "facts_test.py", "test_1_mean_cd_gradient_is_the_rnce_gradient",
+    ),
+    Mutant(
+        "preferred_drawn_is_a_negative", "kernels/mc.py",
+        "selected_mask = jnp.logical_and(drawn, is_negative)",
+        "selected_mask = jnp.broadcast_to(drawn, is_negative.shape)",
+        "kernels_mc_test.py", "test_preferred_drawn_is_masked_and_counted",
+    ),
+    Mutant(
+        "sign_of_the_correction", "kernels/weights.py",
+        'sets.anchors["proposal_mu"] - sets.anchors["proposal_q"]',
+        'sets.anchors["proposal_q"] - sets.anchors["proposal_mu"]',
+        "facts_test.py",
+        "test_3_proposals_need_their_correction_on_every_slot",
+    ),
+    Mutant(
+        "no_correction_on_the_preferred", "kernels/weights.py",
+        "log_count = log_count + proposal_correction(sets)",
+        "log_count += jnp.where(first, 0.0, proposal_correction(sets))",
+        "objectives_losses_test.py",
+        "test_rnce_correction_concerns_slot_zero_too",
+    ),
+    Mutant(
+        "score_without_the_reference", "kernels/mc.py",
+        'beta * (logps - ref_logps) if "reward" in score else logps',
+        'beta * logps if "reward" in score else logps',
+        "kernels_mc_test.py", "test_kernel_scores_by_hand",
+    ),
+    # --- Chains --------------------------------------------------------------
+    Mutant(
+        "metropolis_inverted", "kernels/chains.py",
+        "return log_uniform <= log_ratio",
+        "return log_uniform <= -log_ratio",
+        "kernels_chains_test.py",
+        "test_draws_follow_the_law_over_all_orders_of_blocks"
+        "[metropolis-persistent]",
+    ),
+    Mutant(
+        "multiplicity_twice_in_acceptance", "kernels/chains.py",
+        "accept, current, proposal, log_weights - log_count, transition",
+        "accept, current, proposal, log_weights, transition",
+        "kernels_chains_test.py",
+        "test_draws_follow_the_law_over_all_orders_of_blocks[barker]",
+    ),
+    Mutant(
+        "barker_as_metropolis", "kernels/chains.py",
+        'if transition == "barker":',
+        'if transition == "none":',
+        "kernels_chains_test.py",
+        "test_draws_follow_the_law_over_all_orders_of_blocks[barker]",
+    ),
+    Mutant(
+        "drawn_before_attracts", "kernels/chains.py",
+        "attraction -= repulsion * jnp.log1p(state.history)",
+        "attraction += repulsion * jnp.log1p(state.history)",
+        "kernels_chains_test.py",
+        "test_draws_follow_the_law_over_all_orders_of_blocks[self_repellent]",
+    ),
+    Mutant(
+        "block_used_again", "kernels/chains.py",
+        "block = jnp.logical_and(fresh, block_of == j)",
+        "block = jnp.logical_and(fresh, block_of == 0)",
+        "kernels_chains_test.py",
+        "test_steps_over_fresh_candidates_are_the_product_of_exact_matrices",
+    ),
+    Mutant(
+        "chain_meets_itself", "kernels/chains.py",
+        "fresh = jnp.logical_and(negative, ~_is_at(current, negative))",
+        "fresh = negative",
+        "kernels_chains_test.py",
+        "test_a_chain_goes_on_where_it_stood_and_never_meets_itself",
+    ),
+    Mutant(
+        "chains_forget_where_they_stood", "kernels/chains.py",
+        "start = jnp.where(there, state.selected, start)",
+        "start = jnp.where(there, start, start)",
+        "kernels_chains_test.py",
+        "test_a_chain_goes_on_where_it_stood_and_never_meets_itself",
+    ),
     # --- Objectives ----------------------------------------------------------
     Mutant(
         "beta_twice", "objectives/implicit.py",
@@ -209,6 +380,13 @@ MUTANTS = (
         "beta_left_out", "objectives/implicit.py",
         "return beta * (",
         "return (",
+        "objectives_losses_test.py", "test_dpo_by_hand",
+    ),
+    Mutant(
+        "mean_for_sum", "objectives/implicit.py",
+        "masked(features.logps, batch) - masked(reference, batch)\n  )",
+        "masked(features.logps, batch) - masked(reference, batch)\n"
+        "  ) / jnp.maximum(batch.lengths, 1)",
         "objectives_losses_test.py", "test_dpo_by_hand",
     ),
     Mutant(
@@ -317,6 +495,20 @@ MUTANTS = (
         "test_cotangents_give_the_gradient_of_the_fused_path",
     ),
     Mutant(
+        "chains_not_written", "training/step.py",
+        "memory = remember(memory, sets.row, standing, drawn)",
+        "memory = remember(memory, sets.row, standing, standing)",
+        "training_memory_test.py",
+        "test_without_its_memory_a_chain_goes_another_way",
+    ),
+    Mutant(
+        "chains_of_held_out_rows_written", "training/step.py",
+        "counted = jnp.where(row >= 0, row, nowhere)",
+        "counted = row",
+        "training_memory_test.py",
+        "test_what_is_written_is_the_later_of_two_draws_and_nothing_held_out",
+    ),
+    Mutant(
         "update_that_is_not_finite", "training/step.py",
         "lambda a, b: jnp.where(finite, a, b), new, state",
         "lambda a, b: a, new, state",
@@ -341,8 +533,8 @@ def main() -> int:
   chosen = [m for m in MUTANTS if args.only in (None, m.name)]
   if not chosen:
     parser.error(f"no mutant {args.only!r}")
-  for mutant in chosen:
-    mutate(mutant)  # refuses one that does not fit before any test runs
+  for mutant in chosen:  # before any test runs, as a misfit is refused
+    mutate(mutant, (ROOT / "mcpo_jax" / mutant.file).read_text())
 
   with tempfile.TemporaryDirectory() as folder:
     copies = queue.SimpleQueue()
@@ -355,9 +547,10 @@ def main() -> int:
     def try_one(mutant):
       copy, start = copies.get(), time.perf_counter()
       path = copy / "mcpo_jax" / mutant.file
-      path.write_text(mutate(mutant))
+      text = path.read_text()
+      path.write_text(mutate(mutant, text))
       caught = run_tests(copy, {mutant.test_id})
-      shutil.copy(ROOT / "mcpo_jax" / mutant.file, path)
+      path.write_text(text)
       copies.put(copy)
       seconds = time.perf_counter() - start
       print(f"{mutant.name}: {caught or 'SURVIVES'}", file=sys.stderr)
@@ -373,13 +566,12 @@ def main() -> int:
   return int(not all(caught for _, caught, _ in results))
 
 
-def mutate(mutant: Mutant) -> str:
-  """The mutated file's text.
+def mutate(mutant: Mutant, text: str) -> str:
+  """The file's text with the mistake in it.
 
   Raises:
     SystemExit: the old text does not occur exactly once.
   """
-  text = (ROOT / "mcpo_jax" / mutant.file).read_text()
   count = text.count(mutant.old)
   if count != 1:
     raise SystemExit(

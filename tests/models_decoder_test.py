@@ -13,6 +13,7 @@ import pytest
 from mcpo_jax import sharding
 from mcpo_jax.models import attention, decoder, scoring
 from mcpo_jax.models.config import ModelConfig
+from mcpo_jax.types import Streams
 
 LLAMA = ModelConfig(
     family="llama",
@@ -239,7 +240,6 @@ def test_logps_are_float32_under_bfloat16():
   assert narrow.dtype == jnp.float32
   error = np.abs(narrow - exact).max()
   assert 0 < error < 0.3  # bfloat16 computed, near the float32 result
-  # the sum over the vocabulary is float32: probabilities add up to one
   hidden, logits = jax.eval_shape(
       lambda: (
           h := decoder.hidden_states(
@@ -249,13 +249,24 @@ def test_logps_are_float32_under_bfloat16():
       )
   )
   assert (hidden.dtype, logits.dtype) == (jnp.bfloat16, jnp.float32)
+  # The sum over the vocabulary is float32: its probabilities add up to 1.
+  whole = [[token] for token in range(29)]
+  streams = models_streams.pack([([4], whole), ([7, 2], whole)], LENGTH)
+  logps = scorer(LLAMA, jnp.bfloat16)(params, streams=streams)
+  probs = np.where(streams.completion_mask, np.exp(logps), 0.0)
+  np.testing.assert_allclose(probs.sum(axis=1), 1.0, atol=1e-5)
 
 
 def test_attention_sees_what_the_rule_says():
   """A NumPy loop over all pairs of tokens against both ways to compute."""
   rng = np.random.default_rng(3)
-  sets = models_streams.random_sets(rng, 29, [100, 40], [[60, 50], [90]])
+  sets = models_streams.random_sets(
+      rng, 29, [100, 40, 30], [[60, 50], [90], [20, 25]]
+  )
   streams = models_streams.pack(sets, 230)
+  for column in streams:  # the third set moves in behind the second
+    column[1, 130:205] = column[2, :75]
+  streams = Streams(*(column[:2] for column in streams))
   slots = attention.Slots(
       streams.positions, streams.prompt_slot, streams.candidate_slot
   )

@@ -6,13 +6,14 @@ import pytest
 
 from benchmarks import mutants
 
-TESTS = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("mutant", mutants.MUTANTS, ids=lambda m: m.name)
 def test_a_mutant_applies_once_and_its_test_exists(mutant):
-  mutants.mutate(mutant)
-  text = (TESTS / mutant.test_file).read_text()
+  source = (ROOT / "mcpo_jax" / mutant.file).read_text()
+  assert mutants.mutate(mutant, source) != source
+  text = (ROOT / "tests" / mutant.test_file).read_text()
   assert f"\ndef {mutant.test.split('[')[0]}(" in text
 
 
