@@ -343,8 +343,8 @@ MUTANTS = (
     ),
     Mutant(
         "drawn_before_attracts", "kernels/chains.py",
-        "attraction -= repulsion * jnp.log1p(state.history)",
-        "attraction += repulsion * jnp.log1p(state.history)",
+        "(log_weights - jnp.log1p(state.history))",
+        "(log_weights + jnp.log1p(state.history))",
         "kernels_chains_test.py",
         "test_draws_follow_the_law_over_all_orders_of_blocks[self_repellent]",
     ),

@@ -79,12 +79,13 @@ def test_imports_only_ml_collections_and_configs(path):
     assert {n.split(".")[0] for n in names} <= {"ml_collections", "configs"}
 
 
-@pytest.mark.parametrize("path", [f for f in FILES if f.stem != "default"], ids=lambda p: p.stem)
-def test_header_states_hardware_and_its_own_command(path):
-  header = ast.get_docstring(ast.parse(path.read_text()))
+@pytest.mark.parametrize("name", VARIANTS)
+def test_header_states_hardware_and_its_own_command(name):
+  header = ast.get_docstring(ast.parse(
+      (ROOT / "configs" / f"{name}.py").read_text()))
   assert "Hardware: " in header
   assert "Command" in header
-  assert f"--config=configs/{path.name}" in header
+  assert f"--config=configs/{name}.py" in header
 
 
 @pytest.mark.parametrize("name", FULL_SIZE)

@@ -101,7 +101,8 @@ def _matrix(toy, num_candidates, *, include_preferred=True, history=None):
   )
   if history is not None:  # [V] visits of each outcome
     log_weights = jax.nn.log_softmax(
-        log_weights - REPULSION * np.log1p(history)[pools], axis=1
+        (1.0 + REPULSION) * toy.tilts[pools]
+        - REPULSION * np.log1p(history)[pools], axis=1
     )
   return np.asarray(_transition_matrix(pools, log_weights, toy.log_mu))
 
@@ -109,7 +110,7 @@ def _matrix(toy, num_candidates, *, include_preferred=True, history=None):
 def _matrices(toy):
   """name -> (transition matrix, the law it keeps), of every transition."""
   p = np.exp(toy.log_p)
-  repelled = p / (1.0 + VISITS) ** REPULSION
+  repelled = p * (np.exp(toy.tilts) / (1.0 + VISITS)) ** REPULSION
   return {
       "categorical": (_matrix(toy, 2), p),
       "self_repellent": (
@@ -247,8 +248,9 @@ def test_2_barker_is_one_candidate_with_the_preferred_in():
   toy = Toy(3)
   barker = _matrices(toy)["barker"][0]
   np.testing.assert_allclose(_matrix(toy, 1), barker, **EXACT)
-  nowhere = _matrix(toy, 1, history=np.zeros(V))
-  np.testing.assert_allclose(nowhere, barker, **EXACT)
+  # A history in proportion to the weights changes nothing.
+  even = _matrix(toy, 1, history=9.0 * np.exp(toy.tilts) - 1.0)
+  np.testing.assert_allclose(even, barker, **EXACT)
 
 
 @pytest.mark.parametrize("seed", [3, 37])

@@ -1,4 +1,4 @@
-"""Chains that go on where an example's last visit left them; states of losses."""
+"""Chains that go on where an example was left last; states of losses."""
 
 import jax
 import jax.numpy as jnp

@@ -7,7 +7,8 @@ transitions differ in how they choose among the two:
   categorical     by weight, among all of them
   metropolis      one of the block is proposed; accepted as Metropolis does
   barker          the same, accepted by the logistic function
-  self_repellent  categorical, less by weight what was drawn at earlier visits
+  self_repellent  categorical, repelled by what was drawn more often at earlier
+                  visits than its weight calls for
 
 Candidates drawn independently from mu leave p = mu exp(s / temperature) / Z
 invariant under the first three (`exact` enumerates this).
@@ -65,9 +66,10 @@ def walk(
       stood; `model` at a slot drawn from the whole pool by weight.
     include_preferred: False: a chain that stands on the preferred completion
       must leave it, unless its block is empty.
-    repulsion: >= 0; `self_repellent` divides the weight of what was drawn n
-      times by (1 + n)^repulsion. In the long run one step from the preferred
-      draws from a fixed pool in proportion to weight^(1 / (1 + repulsion)).
+    repulsion: >= 0; `self_repellent` multiplies the weight w of what was drawn
+      n times by (w / (1 + n))^repulsion. A history in proportion to the weights
+      changes nothing, so in the long run a fixed pool is drawn by weight, with
+      less variance the stronger the repulsion.
     corrected: see `weights.proposal_correction`.
 
   Returns:
@@ -84,8 +86,7 @@ def walk(
   References:
     Chen et al. 2025, https://arxiv.org/abs/2502.04567
     Barker 1965, https://doi.org/10.1071/PH650119
-    Doshi et al. 2023 (self-repellent random walks; there the history is
-    relative to the target, which stays invariant),
+    Doshi et al. 2023 (self-repellent random walks),
     https://arxiv.org/abs/2305.05097
   """
   block_size = _checked_block_size(
@@ -109,7 +110,7 @@ def walk(
   log_count = weights.log_counts(sets, corrected=False)
   attraction = log_weights
   if transition == "self_repellent":
-    attraction -= repulsion * jnp.log1p(state.history)
+    attraction += repulsion * (log_weights - jnp.log1p(state.history))
 
   def one_chain(chain, current):
     noise = lambda purpose, step=None: address.gumbel(
