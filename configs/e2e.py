@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.max_completion_length = 96
   config.data.stream_length = 320
   config.sft.data_path = f"{_DATA}/sft/e2e_references.train.jsonl.gz"
-  config.sft.num_steps = 3600
+  config.sft.num_steps = 1800
   config.sft.optimizer.learning_rate = 3e-3
 
   config.objective.beta = 0.1
