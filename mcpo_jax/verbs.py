@@ -401,15 +401,17 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
   def evaluate(functions, state):
     out = update.score_held_out(stage, model, functions, state, held, reference)
     per_token = np.ones_like(out.logps)
-    if stage.entry.per_token or stage.objective_settings.get("length_average"):
+    if stage.entry.per_token or (
+        stage.objective == "ipo" and stage.objective_settings["length_average"]
+    ):
       per_token = np.maximum(out.lengths, 1)
+    ratios = (out.logps - out.ref_logps) / per_token
+    rewards = stage_lib.first_setting(stage, "beta", 1.0) * ratios
     values = preferences.preference_metrics(
-        out.logps / per_token, out.ref_logps / per_token, out.role, out.scores,
-        beta=stage.objective_settings.get("beta", 1.0), seed=stage.seed)
+        rewards, out.logps, out.role, out.scores, seed=stage.seed)
     step = int(state.step)
     values |= likelihood.likelihood_metrics(
-        out.logps, start_logps, (out.logps - out.ref_logps) / per_token,
-        out.role, out.lengths, products=out.products, topk_mass=out.topk_mass,
+        out.logps, start_logps, rewards, out.role, out.lengths, products=out.products, topk_mass=out.topk_mass,
         topk_entropy=out.topk_entropy)
     if step == 0 and start_is_reference:  # all margins are 0, but for rounding
       values["likelihood/length_correlation"] = np.nan

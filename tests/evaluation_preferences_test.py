@@ -15,7 +15,7 @@ SCORES = np.array([[0.9, 0.5, 0.2, 0.9], [0.1, 0.8, 0.2, 0.3], [1, 1, 1, 1]])
 
 def metrics(logps=LOGPS, ref=REF, role=ROLE, scores=SCORES, beta=0.5):
   return preferences.preference_metrics(
-      logps, ref, role, scores, beta=beta, seed=0
+      beta * (logps - ref), logps, role, scores, seed=0
   )
 
 

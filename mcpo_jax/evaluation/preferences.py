@@ -11,29 +11,26 @@ from mcpo_jax.evaluation import statistics
 
 
 def preference_metrics(
+    rewards: np.ndarray,
     logps: np.ndarray,
-    ref_logps: np.ndarray,
     role: np.ndarray,
     scores: np.ndarray,
     *,
-    beta: float,
     seed: int,
 ) -> dict[str, Any]:
   """Accuracy, margin and accuracy by rank of the implicit reward.
 
-  The implicit reward is beta * (logps - ref_logps). A pair is the preferred
-  candidate of a set and one of its negatives; it is ordered right if the
-  preferred has the larger reward. A pair of equal rewards counts one half, so
-  that a policy equal to its reference is at chance.
+  A pair is the preferred candidate of a set and one of its negatives; it is
+  ordered right if the preferred has the larger reward. A pair of equal rewards
+  counts one half, so that a policy equal to its reference is at chance.
 
   Args:
-    logps: [N, K] nats, of the policy.
-    ref_logps: [N, K] nats, of the reference.
+    rewards: [N, K] implicit rewards, for example beta * (logps - ref_logps).
+    logps: [N, K] nats a completion, of the policy.
     role: [N, K] +1 preferred (one per set), -1 negative, 0 neither or no
       candidate; what stands in the arrays there is never read.
     scores: [N, K] external scores, higher is better, NaN where unknown. They
       rank the negatives of a set; equal scores keep the order of the slots.
-    beta: per nat, > 0.
     seed: of the bootstrap intervals, which draw sets.
 
   Returns:
@@ -47,9 +44,7 @@ def preference_metrics(
     on, over the sets that have one. Sets with unknown scores stay out of it.
   """
   role = np.asarray(role)
-  rewards = beta * (
-      np.asarray(logps, np.float64) - np.asarray(ref_logps, np.float64)
-  )
+  rewards = np.asarray(rewards, np.float64)
   usable = (role == 1).any(1) & (role == -1).any(1)
   role, rewards = role[usable], rewards[usable]
   logps, scores = np.asarray(logps)[usable], np.asarray(scores)[usable]
