@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import training_cases as cases
 
-from mcpo_jax import verbs
 from mcpo_jax.evaluation import likelihood, samples
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.models import decoder, scoring
+from mcpo_jax.stages import evaluate, preference, references, sampling
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import update
 
@@ -216,9 +216,10 @@ def test_an_evaluation_tells_the_drift_from_the_start(
   first = cases.init(model)
   reference = stage_lib.NO_REFERENCE
   if source:
-    reference = stage_lib.Reference(verbs.host_sequence_logps(model, first))
+    reference = stage_lib.Reference(
+        references.host_sequence_logps(model, first))
   run = make_run(tmp_path, source=source)
-  make = lambda: verbs.make_evaluate(
+  make = lambda: preference.make_evaluate(
       run, stage, model, lambda: first, data, np.arange(4),
       {"seed": 0, "num_slots": 3, "preferred": "best", "top_k": None},
       reference)
@@ -232,8 +233,7 @@ def test_an_evaluation_tells_the_drift_from_the_start(
       step=state.step + 1, params=jax.tree.map(lambda x: x * 1.1, state.params))
   after = evaluate(functions, moved)
   changed = after["eval/logps/chosen"] - before["eval/logps/chosen"]
-  sums = {"dpo": "", "simpo": "_per_token"}[objective]  # what logps/ holds
-  assert after[f"eval/likelihood/chosen_drift{sums}"] == pytest.approx(
+  assert after["eval/likelihood/chosen_drift"] == pytest.approx(
       changed, rel=1e-3)
   assert abs(after["eval/likelihood/chosen_drift"]) > 1e-2
   assert abs(after["eval/likelihood/length_correlation"]) <= 1.0
@@ -246,7 +246,7 @@ def test_kl_on_samples_is_that_of_texts_scored_one_by_one():
   # Streams too short for a prompt with a sample are made longer.
   model = cases.make_model(num_streams=2, stream_length=8)
   data, params = Data(), cases.init(model)
-  prompts = verbs.prompt_set(data, np.arange(3))
+  prompts = sampling.prompt_set(data, np.arange(3))
   service = GenerationService(
       model.config, params, 0, max_completion_length=6, stop_ids=(0,),
       pad_id=0, tokenizer=Tokenizer(), vocab_size=cases.VOCAB,
@@ -254,7 +254,7 @@ def test_kl_on_samples_is_that_of_texts_scored_one_by_one():
   drawn = samples.sample_and_score(
       service, lambda prompts, completions: [0.0] * len(completions), prompts,
       num_samples=2, temperature=1.0, top_p=1.0, seed=1)
-  kl = lambda start: verbs.sampled_kl(
+  kl = lambda start: evaluate.sampled_kl(
       model, params, start, prompts, drawn, seed=0)
   same = kl(lambda: params)
   assert same["objective/kl"] == same["objective/kl_per_token"] == 0.0

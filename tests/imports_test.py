@@ -16,6 +16,7 @@ FLOORS = [
     {"data", "models"},
     {"generation", "rewards", "checkpoints"},
     {"training", "evaluation"},
+    {"stages"},
     {"verbs", "compare"},
     {"main"},
     {"__main__"},

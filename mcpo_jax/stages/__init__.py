@@ -1,0 +1,1 @@
+"""Stages of a run, in the order that `stages` of a config names them."""

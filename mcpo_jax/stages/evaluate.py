@@ -1,0 +1,117 @@
+"""The stage evaluate: the aligned model beside its start."""
+
+import json
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mcpo_jax import commit
+from mcpo_jax.evaluation import likelihood, samples
+from mcpo_jax.models import hf
+from mcpo_jax.stages import pools, results, sampling
+from mcpo_jax.training import metrics, reference, setup
+from mcpo_jax.training import stage as stage_lib
+
+
+def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
+  """Held-out loss, accuracy, margin and likelihoods; with a reward also
+  samples of held-out prompts, aligned against start, and their KL.
+
+  Both models draw with the same noise; the interval is over prompts.
+  """
+  done = run.workdir / "evaluate" / "result.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  results.finished(run, "preference")
+  stores = pools.open_preference_stores(run)
+  if "eval" not in stores:
+    logging.warning("evaluate: there is no held-out data; set "
+                    "data.eval_path or data.eval_fraction")
+    return {}
+  summary = held_out_metrics(run)
+  reward = sampling.load_reward(run.config)
+  if reward is None:
+    logging.warning("evaluate: no reward.name, so samples are not scored")
+    return summary
+  data, rows = stores["eval"]
+  prompts = sampling.prompt_set(
+      data, rows[:run.config["evaluation"]["num_prompts"]])
+  options, seed = run.config["generation"], run.config["seed"]
+  names = ("sft" if "sft" in run.config["stages"] else "start", "aligned")
+
+  model, start = setup.open_model(run, results.find_start(run))
+  service = sampling.make_service(run, model, start())
+  laws = {"": (options["num_samples"], options["temperature"],
+               options["top_p"]), "greedy/": (1, 0.0, 1.0)}
+
+  def sample(law):
+    num, temperature, top_p = laws[law]
+    return samples.sample_and_score(
+        service, reward, prompts, num_samples=num, temperature=temperature,
+        top_p=top_p, seed=seed)
+
+  before = {law: sample(law) for law in laws}
+  aligned = hf.load_params(
+      results.finished(run, "preference"), model.config,
+      shardings=model.param_shardings,
+      dtype=run.config["model"]["param_dtype"])
+  service.update(aligned, 1)
+  shown, per_prompt = {}, {}
+  for law in laws:
+    after = sample(law)
+    compared = samples.compare(
+        before[law], after, prompts.prompts, names=names, seed=seed)
+    if not law:
+      summary |= sampled_kl(model, aligned, start, prompts, after, seed=seed)
+    shown[law or "sampled/"] = compared.pop("samples")
+    summary |= {law + name: value for name, value in compared.items()}
+    per_prompt[law.rstrip("/") or "sampled"] = {
+        "prompt_ids": [f"{a:08x}{b:08x}" for a, b in prompts.prompt_ids],
+        "start": before[law].scores.mean(1).tolist(),
+        "aligned": after.scores.mean(1).tolist()}
+  done.parent.mkdir(exist_ok=True)
+  commit.write_file(done.with_name("scores.json"), json.dumps(per_prompt))
+  commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
+  commit.write_file(done, json.dumps(summary, indent=1))
+  writer.write("evaluate", 0, {
+      k: v for k, v in summary.items() if isinstance(v, int | float)})
+  for row in shown["sampled/"]:
+    print("", row["prompt"] if isinstance(row["prompt"], str)
+          else row["prompt"][-1]["content"],
+          *(f"  {name + ':':9} {row[name]}" for name in names), sep="\n")
+  return summary
+
+
+def sampled_kl(
+    model: stage_lib.Model, aligned, start, prompts: samples.PromptSet,
+    drawn: samples.ScoredSamples, *, seed: int,
+) -> dict[str, float]:
+  """How far the aligned model is from the start, on samples of its own."""
+  sets = samples.candidate_sets(prompts, drawn)
+  longest = drawn.mask.shape[-1] + max(len(s.prompt) for s in sets)
+  model = model._replace(stream_length=max(model.stream_length, longest))
+  token_logps = jax.jit(model.token_logps)
+
+  def score(params):
+    tokens, _, _ = reference.score_sets(
+        sets, lambda chunk: np.asarray(token_logps(params, model.put(chunk))),
+        model.pack)
+    logps = np.zeros(drawn.mask.shape, np.float32)
+    logps[drawn.mask] = tokens
+    return logps
+
+  return likelihood.kl_metrics(
+      score(aligned), score(start()), drawn.raw_logps, drawn.mask, seed=seed)
+
+
+def held_out_metrics(run: setup.Run) -> dict[str, float]:
+  """Loss, accuracy, margin and likelihoods on held-out rows of the weights
+  that the preference stage ended with, as its last evaluation wrote them."""
+  result = json.loads((run.workdir / "preference/result.json").read_text())
+  rows = [json.loads(line) for line in (
+      run.workdir / "metrics.jsonl").read_text().splitlines()]
+  rows = [r for r in rows if r["stage"] == "preference"
+          and r["step"] == result["step"] and "eval/loss" in r]
+  return {k: v for k, v in rows[-1].items() if k.startswith("eval/")}

@@ -1,0 +1,36 @@
+"""The stage export: a folder that transformers loads."""
+
+import pathlib
+from typing import Any
+
+from mcpo_jax import errors
+from mcpo_jax.models import hf
+from mcpo_jax.stages import results
+from mcpo_jax.training import metrics, setup
+
+
+def run_export(
+    run: setup.Run, writer: metrics.Writer | None,
+    out: pathlib.Path | None = None,
+) -> dict[str, Any]:
+  """Writes what the last stage trained as a folder that transformers loads."""
+  del writer
+  out = out or run.workdir / "export"
+  if out.exists() and any(out.iterdir()) and not (
+      out / "config.json").exists():
+    raise errors.ModelDirError(
+        "hf.export", "the folder holds something that is no model",
+        where=str(out), want="a new folder, or an earlier export")
+  last = "preference" if "preference" in run.config["stages"] else "sft"
+  source = results.finished(run, last)
+  config = hf.load_config(source)
+  dtype = run.config["export"]["dtype"] or run.config["model"]["param_dtype"]
+  params = hf.load_params(source, config, dtype=dtype)
+  objective = run.config["objective"]
+  card = "Fine-tuned on demonstrations with mcpo_jax."
+  if last == "preference":
+    card = (f"Aligned with mcpo_jax, objective {objective['name']}"
+            f" (beta {objective.get('beta')}).")
+  hf.save_params(out, params, config, tokenizer_dir=run.workdir / "tokenizer",
+                 stop_ids=run.tokenizer.stop_ids, card=card)
+  return {"export/path": str(out), "export/sha256": hf.params_sha256(params)}

@@ -1,0 +1,89 @@
+"""Candidate sets of the preference stage: which rows, and are they enough."""
+
+import numpy as np
+from absl import logging
+
+from mcpo_jax import errors, objective_names
+from mcpo_jax.data import mismatched, packing
+from mcpo_jax.data import store as store_lib
+from mcpo_jax.kernels import weights
+from mcpo_jax.training import setup
+
+
+def open_preference_stores(
+    run: setup.Run,
+) -> dict[str, tuple[store_lib.Store, np.ndarray]]:
+  """"train" and, if there is held-out data, "eval": (store, its rows)."""
+  options = run.config["data"]
+  data = setup.open_store(
+      run, options["path"], options["format"], name="train")
+  rows = np.arange(len(data))
+  entry = objective_names.find_objective(
+      run.config["objective"]["name"])
+  if entry.contrast:
+    rows = data.contrast_rows()
+    if len(rows) < len(data):
+      logging.info("%d rows without contrast are not used",
+                   len(data) - len(rows))
+  held, other = None, open_eval_store(run)
+  if other is not None:
+    held = other, other.contrast_rows()
+  elif options["eval_fraction"]:
+    held = data, np.intersect1d(data.contrast_rows(), np.flatnonzero(
+        setup.held_out(data, options["eval_fraction"])))
+  if held is not None and not len(held[1]):
+    raise errors.DataError(
+        "data.too_small", "no held-out row has a preference", got=0,
+        where=f"data.eval_{'path' if other is not None else 'fraction'}",
+        want="at least 1")
+  rows = setup.trained_rows(run, data, rows, other)
+  if entry.mismatched:
+    same = held is not None and held[0] is data
+    data = mismatched.with_mismatched(data, run.config["seed"])
+    if held is not None:
+      held = (data if same else mismatched.with_mismatched(
+          held[0], run.config["seed"])), held[1]
+  if options["preferred"] == "index":
+    for row in rows:  # a record that names none is refused before training
+      packing.order_candidates(data.candidate_set(int(row)), preferred="index")
+  return {"train": (data, rows)} | ({} if held is None else {"eval": held})
+
+
+def open_eval_store(run: setup.Run) -> store_lib.Store | None:
+  """The store of data.eval_path, None without one."""
+  data = run.config["data"]
+  if not data["eval_path"]:
+    return None
+  return setup.open_store(
+      run, data["eval_path"], data["eval_format"], name="eval")
+
+
+def check_pools(config, stores) -> None:
+  """What the objective and the kernel need of every set, before any training.
+
+  Raises:
+    DataError: data.field_missing, a score that the objective reads is unknown.
+    ConfigError: config.range, no set has candidates enough for the chains.
+  """
+  entry = objective_names.find_objective(config["objective"]["name"])
+  kernel = config["kernel"]
+  steps = (kernel["num_steps"] or 1) * (kernel["block_size"] or 1)
+  negatives = []
+  for data, rows in stores.values():
+    for row in rows if entry.scores or steps > 1 else []:
+      one = data.candidate_set(int(row))
+      own = one.candidate_ids != weights.MISMATCHED_ID
+      if entry.scores and np.isnan(one.scores[own]).any():
+        raise errors.DataError(
+            "data.field_missing", "the objective reads the score of every "
+            "completion", where=f"prompt_id {one.prompt_id}, scores",
+            hint=f"objective.name={config['objective']['name']} needs scores")
+      negatives.append(own.sum() - 1)
+  if negatives and steps > max(negatives):
+    raise errors.ConfigError(
+        "config.range", "num_steps * block_size is more than any set has "
+        "candidates", where="kernel.block_size", got=steps,
+        want=f"at most {max(negatives)}")
+  if negatives and steps > 1:
+    logging.info("%d of %d sets have fewer candidates than the %d of a chain",
+                 np.sum(np.array(negatives) < steps), len(negatives), steps)

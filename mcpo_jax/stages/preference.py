@@ -1,0 +1,121 @@
+"""The stage preference: aligns the start on the sets of data.path."""
+
+import json
+from typing import Any
+
+import numpy as np
+
+from mcpo_jax import commit, objective_names
+from mcpo_jax.evaluation import likelihood, preferences
+from mcpo_jax.models import hf
+from mcpo_jax.stages import pools, references, results, sampling
+from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import loop, metrics, setup, update
+from mcpo_jax.training import stage as stage_lib
+from mcpo_jax.training import step as step_lib
+
+
+def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
+  """Aligns the start on the candidate sets of data.path."""
+  config, folder = run.config, run.workdir / "preference"
+  done = folder / "result.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  model, start = setup.open_model(run, results.find_start(run))
+  stores = pools.open_preference_stores(run)
+  data, rows = stores["train"]
+  num_slots = max(d.max_candidates for d, _ in stores.values())
+  stage = setup.stage_of(
+      config, len(rows), supervised=False, num_slots=num_slots)
+  pools.check_pools(config, stores)
+  if stage.corrected:
+    for store, used in stores.values():
+      for row in used:
+        batch_lib.behaviour_logps(store, int(row))
+  options = {"seed": stage.seed, "num_slots": num_slots,
+             "preferred": config["data"]["preferred"],
+             "top_k": config["data"]["top_k"], "behaviour": stage.corrected}
+  make_batch = batch_lib.make_batch_fn(
+      data, rows, batch_size=stage.batch_size, **options)
+  compared = references.make_references(run, model, start, stores, make_batch)
+
+  evaluate = None
+  if "eval" in stores:
+    evaluate = make_evaluate(
+        run, stage, model, start, *stores["eval"], options, compared["eval"])
+  params, step = loop.train(
+      stage, model, make_batch, start, folder, writer,
+      setup.schedule_of(config),
+      meta={"stage": "preference", "data": data.key,
+            "model": str(model.config), "start": hf.params_sha256(start()),
+            "objective": stage.objective,
+            "objective_source": objective_names.source_hashes(stage.objective)},
+      reference=compared["train"], evaluate=evaluate,
+      expect_start=config["reference"]["source"] is not None
+      and config["reference"]["path"] is None)
+  results.save_model(run, folder / "model", params, model)
+  result = {"params/sha256": hf.params_sha256(params), "step": step}
+  commit.write_file(done, json.dumps(result))
+  return result
+
+
+def make_evaluate(run, stage, model, start, data, rows, options, reference):
+  """(functions, state) -> metrics on the first held-out prompts.
+
+  Each call also writes samples of `evaluation.num_display` prompts, beside
+  those of the start, to preference/samples.jsonl.
+  """
+  limits = run.config["evaluation"]
+  rows = rows[:limits["num_prompts"] or len(rows)]
+  held = []
+  for first in range(0, len(rows), stage.batch_size):
+    some = rows[first:first + stage.batch_size]
+    held.append(batch_lib.collect(
+        data, some, np.zeros(len(some), np.int32), batch_size=stage.batch_size,
+        **options))
+  shown = sampling.prompt_set(data, rows[:limits["num_display"]])
+  params = start()
+  service = sampling.make_service(run, model, params)
+  # The start's log-probs are known already where it is the reference.
+  start_is_reference = (run.config["reference"]["source"] is not None
+                        and run.config["reference"]["path"] is None)
+  logps = (reference.logps if start_is_reference
+           else references.host_sequence_logps(model, params))
+  start_logps = np.concatenate(
+      [logps(batch)[batch.meta.candidate_mask[:, 0]] for batch in held])
+  greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0,
+            "seed": stage.seed, "prompt_ids": shown.prompt_ids}
+  before = service.generate(shown.tokens, **greedy).text
+  path = run.workdir / "preference" / "samples.jsonl"
+
+  def evaluate(functions, state):
+    out = update.score_held_out(stage, model, functions, state, held, reference)
+    per_token = np.ones_like(out.logps)
+    if stage.entry.per_token or (
+        stage.objective == "ipo" and stage.objective_settings["length_average"]
+    ):
+      per_token = np.maximum(out.lengths, 1)
+    ratios = (out.logps - out.ref_logps) / per_token
+    rewards = stage_lib.first_setting(stage, "beta", 1.0) * ratios
+    values = preferences.preference_metrics(
+        rewards, out.logps, out.role, out.scores, seed=stage.seed)
+    step = int(state.step)
+    values |= likelihood.likelihood_metrics(
+        out.logps, start_logps, rewards, out.role, out.lengths,
+        products=out.products, topk_mass=out.topk_mass,
+        topk_entropy=out.topk_entropy)
+    if step == 0 and start_is_reference:  # all margins are 0, but for rounding
+      values["likelihood/length_correlation"] = np.nan
+    service.update(step_lib.policy_of(state.params), step)
+    now = service.generate(shown.tokens, **greedy).text
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [x for x in lines if json.loads(x)["step"] < step] + [
+        json.dumps({"step": step, "prompt": prompt, "start": old, "now": new})
+        for prompt, (old,), (new,) in zip(shown.prompts, before, now)]
+    commit.write_file(path, "\n".join(lines) + "\n")
+    return {f"eval/{k}": v for k, v in values.items() if np.ndim(v) == 0} | {
+        "eval/loss": out.loss,
+        "eval/accuracy": values["rewards/accuracies"],
+        "eval/margin": values["rewards/margins"]}
+
+  return evaluate

@@ -1,0 +1,47 @@
+"""Prompts, rewards and the sampler of a run."""
+
+from typing import Any
+
+import numpy as np
+
+from mcpo_jax.data import store as store_lib
+from mcpo_jax.evaluation import samples
+from mcpo_jax.generation import service as service_lib
+from mcpo_jax.rewards import functions as rewards
+from mcpo_jax.training import setup
+from mcpo_jax.training import stage as stage_lib
+
+
+def load_reward(config: dict[str, Any]) -> rewards.Reward | None:
+  """The reward of a config, None without one."""
+  options = config["reward"]
+  if options["name"] is None:
+    return None
+  return rewards.load_reward(
+      options["name"], patterns_path=options["patterns_path"])
+
+
+def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
+  """The prompts of some rows, with the columns that all of them have."""
+  sets = [data.candidate_set(int(i)) for i in rows]
+  columns = [data.columns(int(i)) for i in rows]
+  shared = set.intersection(*(set(c) for c in columns)) - {
+      "prompt", "prompt_id", "where", "prompts", "completions", "reward"}
+  return samples.PromptSet(
+      tokens=[s.prompt for s in sets],
+      prompt_ids=np.stack([s.example_id for s in sets]),
+      prompts=[c["prompt"] for c in columns],
+      columns={name: [c[name] for c in columns] for name in sorted(shared)})
+
+
+def make_service(
+    run: setup.Run, model: stage_lib.Model, params
+) -> service_lib.GenerationService:
+  """The sampler of this run's architecture and tokenizer."""
+  length = (run.config["generation"]["max_new_tokens"]
+            or run.config["data"]["max_completion_length"])
+  return service_lib.GenerationService(
+      model.config, params, 0, max_completion_length=length,
+      stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
+      tokenizer=run.tokenizer.hf, vocab_size=run.tokenizer.vocab_size,
+      compute_dtype=model.compute_dtype, mesh=run.mesh)

@@ -1,0 +1,55 @@
+"""The stage sft: imitation of sft.data_path, the start of all that follows."""
+
+import json
+import shutil
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from mcpo_jax import commit
+from mcpo_jax.models import hf
+from mcpo_jax.stages import pools, results
+from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import loop, metrics, setup
+
+
+def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
+  """Imitates sft.data_path; the result lies in <workdir>/sft/model and, for
+  other runs with the same settings and data, in the cache."""
+  config, folder = run.config, run.workdir / "sft"
+  done = folder / "result.json"
+  if done.exists():
+    return json.loads(done.read_text())
+  data = setup.open_store(
+      run, config["sft"]["data_path"], config["sft"]["data_format"], name="sft")
+  model, start = setup.open_model(run, run.model_dir)
+  rows = setup.trained_rows(
+      run, data, np.arange(len(data)), pools.open_eval_store(run))
+  key = setup.digest([
+      data.key, len(rows), hf.params_sha256(start()), config["model"],
+      config["sft"], config["seed"], config["data"]["stream_length"],
+      config["data"]["num_streams"]])
+  shared, target = run.cache / "starts" / key, folder / "model"
+  stage = setup.stage_of(config, len(rows), supervised=True)
+  if (shared / commit.MANIFEST).exists():
+    logging.info("sft: the same start was trained before, in %s", shared)
+    commit.verify(shared)
+    shutil.rmtree(target, ignore_errors=True)
+    commit.write_folder(
+        target, lambda to: shutil.copytree(shared, to, dirs_exist_ok=True), {})
+  else:
+    make_batch = batch_lib.make_batch_fn(
+        data, rows, batch_size=stage.batch_size, seed=stage.seed,
+        num_slots=data.max_candidates, preferred="best", top_k=None)
+    params, _ = loop.train(
+        stage, model, make_batch, start, folder, writer,
+        setup.schedule_of(config), meta={"stage": "sft", "key": key})
+    results.save_model(run, target, params, model)
+    commit.write_folder(
+        shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})
+  params = hf.load_params(target, model.config)
+  result = {"params/sha256": hf.params_sha256(params),
+            "step": stage.num_steps}
+  commit.write_file(done, json.dumps(result))
+  return result
