@@ -16,13 +16,10 @@ This module imports no JAX; `bind` and `first_state` load the functions.
 import functools
 import inspect
 import math
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mcpo_jax import errors, registry, user_code
-
-Folders = Sequence[str | pathlib.Path]
 
 
 class Member(NamedTuple):
@@ -34,7 +31,7 @@ class Member(NamedTuple):
   settings: dict[str, Any]
 
 
-def find_objective(name: str, *, folders: Folders = ()) -> registry.Objective:
+def find_objective(name: str) -> registry.Objective:
   """The needs and settings behind a name.
 
   Of a mixture or blend: the settings, anchors and terms of all members;
@@ -43,7 +40,6 @@ def find_objective(name: str, *, folders: Folders = ()) -> registry.Objective:
 
   Args:
     name: `objective.name`.
-    folders: where else to look for a user's file than in the current folder.
 
   Raises:
     ConfigError: config.range, unknown; config.function, a user's function that
@@ -60,33 +56,30 @@ def find_objective(name: str, *, folders: Folders = ()) -> registry.Objective:
       raise _refusal("a mixture has several members", name)
     place, progress = "mcpo_jax.objectives.mixture:mixture_loss", False
   else:
-    return _find_one(name, folders)
+    return _find_one(name)
   members = tuple(map(_parse_member, parts))
   names = [member for _, member in members]
   if len(set(names)) < len(names):
     raise _refusal("an objective stands twice in it", name)
-  entries = [_find_one(member, folders) for member in names]
+  entries = [_find_one(member) for member in names]
   return _merge(name, entries)._replace(
       place=place, progress=progress, members=members)
 
 
-def members(
-    name: str, settings: dict[str, Any], *, folders: Folders = ()
-) -> tuple[Member, ...]:
+def members(name: str, settings: dict[str, Any]) -> tuple[Member, ...]:
   """The functions behind a name, each with its own settings filled in.
 
   Args:
     name: `objective.name`.
     settings: of the whole; None where not set.
-    folders: see `find_objective`.
 
   Returns:
     One Member of weight 1 for a plain name.
   """
-  whole = find_objective(name, folders=folders)
+  whole = find_objective(name)
   found = []
   for weight, member in whole.members or ((1.0, name),):
-    entry = _find_one(member, folders)
+    entry = _find_one(member)
     found.append(Member(weight, member, entry, {
         key: setting.default if settings.get(key) is None else settings[key]
         for key, setting in entry.settings.items()}))
@@ -94,18 +87,13 @@ def members(
 
 
 def bind(
-    name: str,
-    settings: dict[str, Any],
-    *,
-    folders: Folders = (),
-    **draws: Any,
+    name: str, settings: dict[str, Any], **draws: Any
 ) -> Callable[..., Any]:
   """Loads an objective and gives it its settings.
 
   Args:
     name: `objective.name`.
     settings: see `members`.
-    folders: see `find_objective`.
     **draws: how negatives are drawn (`include_preferred`, `corrected`), for
       the functions that ask.
 
@@ -113,9 +101,9 @@ def bind(
     loss(features, batch, state) -> (losses [B], aux, state); it also takes
     `progress` if the entry says so.
   """
-  whole = find_objective(name, folders=folders)
+  whole = find_objective(name)
   losses = []
-  for member in members(name, settings, folders=folders):
+  for member in members(name, settings):
     loss = user_code.load(member.entry.place)
     takes = inspect.signature(loss).parameters
     loss = functools.partial(loss, **{
@@ -130,22 +118,22 @@ def bind(
   return functools.partial(user_code.load(whole.place), members=tuple(losses))
 
 
-def first_state(name: str, num_examples: int, *, folders: Folders = ()) -> Any:
+def first_state(name: str, num_examples: int) -> Any:
   """The state an objective begins with; of members, the tuple of theirs."""
-  whole = find_objective(name, folders=folders)
+  whole = find_objective(name)
   states = tuple(
       user_code.load(member.entry.state)(num_examples)
       if member.entry.state else ()
-      for member in members(name, {}, folders=folders))
+      for member in members(name, {}))
   return states if whole.members else states[0]
 
 
-def source_hashes(name: str, *, folders: Folders = ()) -> dict[str, str]:
+def source_hashes(name: str) -> dict[str, str]:
   """Member's name -> SHA-256 of its file, for functions of the user's own."""
-  names = [member.name for member in members(name, {}, folders=folders)]
+  names = [member.name for member in members(name, {})]
   return {
       member: user_code.find(
-          member, folders=folders, where="objective.name").sha256
+          member, where="objective.name").sha256
       for member in names if ":" in member}
 
 
@@ -157,10 +145,10 @@ def allowed_strategies(entry: registry.Objective) -> tuple[str, ...]:
   return tuple(s for s in registry.STRATEGIES if s not in barred)
 
 
-def _find_one(name, folders):
+def _find_one(name):
   """The entry of a plain name or of a function of the user's own."""
   if ":" in name:
-    return user_code.read_objective(name, folders=folders)
+    return user_code.read_objective(name)
   if name not in registry.OBJECTIVES:
     raise errors.ConfigError(
         "config.range", "unknown objective", where="objective.name", got=name,

@@ -476,9 +476,7 @@ def _resolve_objective(config) -> list[errors.McpoError]:
   allowed = objective_names.allowed_strategies(entry)
   if ":" in strategy and entry.strategies is None:
     try:
-      user_code.read_settings(
-          user_code.find(strategy, where="kernel.strategy"),
-          user_code.KERNEL_ARGUMENTS)
+      user_code.check_kernel(strategy)
     except errors.ConfigError as e:
       return found + [e]
   elif strategy not in allowed:

@@ -1,7 +1,7 @@
 """Functions of the user's own: found by name, read from source, loaded.
 
 "my_file:my_loss" is the function `my_loss` of my_file.py in the current
-folder, beside the config, or of a module that can be imported. What it takes
+folder, or of a module that can be imported. What it takes
 and needs is read from its text, so that a mistake is refused before anything
 that the file imports, JAX first of all, is imported.
 """
@@ -10,10 +10,10 @@ import ast
 import functools
 import hashlib
 import importlib
+import importlib.util
 import math
 import pathlib
 import sys
-import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from mcpo_jax import errors, registry
 
 OBJECTIVE_ARGUMENTS = ("features", "batch", "state")
 KERNEL_ARGUMENTS = ("key", "state", "scores", "sets")
+KERNEL_SETTINGS = ("temperature", "num_negatives", "include_preferred")
 
 # What `objective` can declare, with the words that are known.
 _WORDS = {
@@ -120,6 +121,27 @@ def find(
                 known[function])
 
 
+def check_kernel(name: str) -> Source:
+  """Finds a kernel of the user's own and looks at what it takes.
+
+  It is called as kernel(key, state, scores, sets, *, temperature,
+  num_negatives, include_preferred) -> (KernelState, KernelInfo); see `mc.draw`.
+
+  Raises:
+    ConfigError: config.range, config.function.
+  """
+  source = find(name, where="kernel.strategy")
+  arguments = source.function.args
+  first = tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args))
+  named = {a.arg for a in arguments.kwonlyargs}
+  if first != KERNEL_ARGUMENTS or named != set(KERNEL_SETTINGS):
+    raise source.error(
+        "takes other arguments", source.function.lineno,
+        got=ast.unparse(arguments),
+        want=f"{', '.join(KERNEL_ARGUMENTS)}, *, {', '.join(KERNEL_SETTINGS)}")
+  return source
+
+
 def read_settings(
     source: Source, positional: tuple[str, ...]
 ) -> dict[str, registry.Setting]:
@@ -161,21 +183,19 @@ def read_settings(
   return settings
 
 
-def read_objective(
-    name: str, *, folders: Sequence[str | pathlib.Path] = ()
-) -> registry.Objective:
+def read_objective(name: str) -> registry.Objective:
   """The registry entry of an objective of the user's own.
 
   Raises:
     ConfigError: config.range, config.function.
   """
-  source = find(name, folders=folders, where="objective.name")
+  source = find(name, where="objective.name")
   settings = read_settings(source, OBJECTIVE_ARGUMENTS)
   needs = _read_needs(source)
   for kind in _PLACES:
     if needs.get(kind):
       needs[kind] = find(
-          needs[kind], folders=(source.path.parent, *folders),
+          needs[kind], folders=(source.path.parent,),
           where=f"{source.path}, {kind}").place
   if needs.get("strategies"):
     needs.setdefault("strategy", needs["strategies"][0])
@@ -251,11 +271,12 @@ def _module_file(name):
 @functools.cache
 def _run_file(path, text):
   """The module of a file: one for each of its texts, so that a changed file
-  is run again, and what runs is what was hashed."""
-  module = types.ModuleType(f"{path.stem}_{hashlib.sha256(text).hexdigest()}")
-  module.__file__ = str(path)
-  sys.modules[module.__name__] = module  # dataclasses look themselves up
-  exec(compile(text, str(path), "exec"), vars(module))
+  is run again."""
+  name = f"{path.stem}_{hashlib.sha256(text).hexdigest()}"
+  spec = importlib.util.spec_from_file_location(name, path)
+  module = importlib.util.module_from_spec(spec)
+  sys.modules[name] = module  # dataclasses look themselves up
+  spec.loader.exec_module(module)
   return module
 
 

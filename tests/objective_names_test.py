@@ -27,8 +27,9 @@ def learned(features, batch, state): ...
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
   (tmp_path / "my_file.py").write_text(MINE)
+  monkeypatch.chdir(tmp_path)
   return tmp_path
 
 
@@ -107,7 +108,7 @@ def test_members_keep_their_defaults_unless_set():
 ])
 def test_what_does_not_go_together_is_refused(folder, name, slug):
   with pytest.raises(errors.ConfigError) as e:
-    find(name, folders=[folder])
+    find(name)
   assert e.value.slug == slug and e.value.where == "objective.name"
   if name == "dop":
     assert "dpo" in e.value.hint
@@ -118,8 +119,8 @@ def test_bound_losses_have_their_settings(folder, x64):
   sets = sets._replace(anchors=sets.anchors | {"prev": sets.anchors["ref"]})
   name = "dpo,my_file:counted*0.5,sft*0.1"
   loss = objective_names.bind(
-      name, {"scale": 3.0}, folders=[folder], include_preferred=True)
-  state = objective_names.first_state(name, 7, folders=[folder])
+      name, {"scale": 3.0}, include_preferred=True)
+  state = objective_names.first_state(name, 7)
   assert state == ((), 7, ())
   losses, aux, state = loss(Features(logps), sets, state)
   assert state == ((), 8, ())
@@ -154,8 +155,8 @@ def test_a_bound_blend_takes_progress(x64):
 def test_files_of_ones_own_are_hashed(folder):
   assert objective_names.source_hashes("dpo,sft") == {}
   before = objective_names.source_hashes(
-      "dpo,my_file:counted", folders=[folder])
+      "dpo,my_file:counted")
   assert set(before) == {"my_file:counted"}
   (folder / "my_file.py").write_text(MINE + "\n")
   assert objective_names.source_hashes(
-      "my_file:counted", folders=[folder]) != before
+      "my_file:counted") != before

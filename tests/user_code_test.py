@@ -65,22 +65,33 @@ def test_without_a_declaration_it_needs_the_reference_and_a_negative(folder):
   assert entry.strategy == "mc" and entry.progress and not entry.settings
 
 
+def test_a_kernel_of_ones_own_takes_what_ours_take(folder):
+  (folder / "kernels.py").write_text(
+      "def good(key, state, scores, sets, *, temperature, num_negatives,\n"
+      "         include_preferred): ...\n"
+      "def bad(key, scores, sets): ...\n")
+  assert user_code.check_kernel("kernels:good").function.name == "good"
+  with pytest.raises(errors.ConfigError) as e:
+    user_code.check_kernel("kernels:bad")
+  assert e.value.slug == "config.function" and "kernels.py:3" in e.value.where
+
+
 def test_the_place_of_a_state_is_found_too(folder):
   entry = user_code.read_objective("my_file:with_state")
   assert entry.state == f"{folder / 'my_file.py'}:first_state"
   assert not entry.contrast
 
 
-def test_files_are_looked_for_here_then_in_the_folders_then_as_modules(
+def test_files_are_looked_for_here_then_as_modules(
     folder, tmp_path):
   other = tmp_path / "configs"
   other.mkdir()
   (other / "my_file.py").write_text(GOOD.replace("beta=0.1", "beta=0.2"))
   (other / "second.py").write_text(GOOD.replace("beta=0.1", "beta=0.3"))
   read = lambda name: user_code.read_objective(
-      name, folders=[other]).settings["beta"].default
+      name).settings["beta"].default
   assert read("my_file:my_loss") == 0.1
-  assert read("second:my_loss") == 0.3
+  assert read("configs/second:my_loss") == 0.3
   assert read("configs/my_file:my_loss") == 0.2
   assert read("configs/my_file.py:my_loss") == 0.2
   assert read(f"{other}/second:my_loss") == 0.3

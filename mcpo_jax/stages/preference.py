@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import commit, objective_names
+from mcpo_jax import commit, objective_names, user_code
 from mcpo_jax.evaluation import likelihood, preferences
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, references, results, sampling
@@ -49,7 +49,7 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "start": hf.params_sha256(start()),
             "objective": stage.objective,
-            "objective_source": objective_names.source_hashes(stage.objective)},
+            "own_code": own_code(stage)},
       reference=compared["train"], evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
       and config["reference"]["path"] is None)
@@ -57,6 +57,16 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   result = {"params/sha256": hf.params_sha256(params), "step": step}
   commit.write_file(done, json.dumps(result))
   return result
+
+
+def own_code(stage: stage_lib.Stage) -> dict[str, str]:
+  """Name -> SHA-256 of the file, of objectives and kernels of the user's own:
+  a run goes on only with the code it began with."""
+  hashes = objective_names.source_hashes(stage.objective)
+  strategy = stage.kernel["strategy"]
+  if ":" in strategy:
+    hashes[strategy] = user_code.check_kernel(strategy).sha256
+  return hashes
 
 
 def make_evaluate(run, stage, model, start, data, rows, options, reference):

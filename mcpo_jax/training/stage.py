@@ -164,7 +164,7 @@ def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
             if name != "refresh"}
   if ":" in kernel["strategy"]:
     kernel["custom"] = user_code.load(
-        user_code.find(kernel["strategy"], where="kernel.strategy").place)
+        user_code.check_kernel(kernel["strategy"]).place)
   return step_lib.make_step_functions(
       functools.partial(
           model.features, terms=entry.terms,
