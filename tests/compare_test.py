@@ -296,7 +296,10 @@ def make_cell(cell, *, start, aligned, accuracy=0.5):
   for name, value in (
       ("config.json", {"version": 1, "config": cell.config}),
       ("summary.json", {"score/aligned": mean(aligned),
-                        "score/sft": mean(start), "eval/accuracy": accuracy}),
+                        "score/sft": mean(start), "eval/accuracy": accuracy,
+                        "score/difference": mean(aligned) - mean(start),
+                        "score/difference_ci95_low": -0.5,
+                        "score/difference_ci95_high": 0.75}),
       ("evaluate/scores.json", {"sampled": {
           "prompt_ids": prompts, "start": start, "aligned": aligned}})):
     path = cell.folder / name
@@ -330,6 +333,8 @@ def test_the_table_by_hand(tmp_path):
   assert "(tests: 1)" in text and "6 of 9 runs" in text
   assert "3 held-out prompts" in text
   assert "| ours | `objective.name=good` |" in text
+  gain = "+0.000 [-0.500, +0.750]"
+  assert f"| DPO | {gain} | {gain} | {gain} |" in text
 
   row = json.loads((tmp_path / "compare.json").read_text())["rows"]["ours"]
   assert row["seeds"] == {"0": pytest.approx(0.3), "1": pytest.approx(0.4),

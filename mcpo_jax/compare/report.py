@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from mcpo_jax import commit
 from mcpo_jax.compare import results, runs
-from mcpo_jax.compare.results import Outcome
+from mcpo_jax.compare.results import Outcome, Result
 from mcpo_jax.compare.rows import Overrides
 from mcpo_jax.evaluation import comparison, plots, statistics
 
@@ -179,6 +179,13 @@ def markdown(
       o.row.name, *(_number(o.results[s].value) if s in o.results
                     else o.missing.get(s, "–") for s in seeds)]
       for o in outcomes])
+  gains = [[o.row.name, *(_gain(o.results.get(s), metric) for s in seeds)]
+           for o in outcomes]
+  if any(cell != "–" for row in gains for cell in row[1:]):
+    out += ["## Difference to the start of the same seed", "",
+            "Over all held-out prompts, paired by prompt; in brackets the 95 % "
+            "bootstrap interval over prompts.", ""]
+    out += _table(["row", *(f"seed {seed}" for seed in seeds)], gains)
   out += ["## Settings", ""]
   out += _table(["row", "differs in"], [[
       o.row.name, _code(o.row.trials[o.trial])] for o in outcomes])
@@ -188,6 +195,16 @@ def markdown(
         o.row.name, _code(trial), _number(value)] for o in outcomes
         for trial, value in zip(o.row.trials, o.validation)])
   return "\n".join(out)
+
+
+def _gain(result: Result | None, metric: str) -> str:
+  """A run's difference to its start with its interval."""
+  key = metric.removesuffix("aligned") + "difference"
+  bounds = [f"{key}{bound}" for bound in ("", "_ci95_low", "_ci95_high")]
+  if result is None or not all(b in result.summary for b in bounds):
+    return "–"
+  mean, low, high = (result.summary[b] for b in bounds)
+  return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def _versions() -> str:
