@@ -548,10 +548,12 @@ def main() -> int:
       copy, start = copies.get(), time.perf_counter()
       path = copy / "mcpo_jax" / mutant.file
       text = path.read_text()
-      path.write_text(mutate(mutant, text))
-      caught = run_tests(copy, {mutant.test_id})
-      path.write_text(text)
-      copies.put(copy)
+      try:
+        path.write_text(mutate(mutant, text))
+        caught = run_tests(copy, {mutant.test_id})
+      finally:
+        path.write_text(text)
+        copies.put(copy)
       seconds = time.perf_counter() - start
       print(f"{mutant.name}: {caught or 'SURVIVES'}", file=sys.stderr)
       return mutant, caught, seconds
