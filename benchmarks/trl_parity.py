@@ -34,8 +34,7 @@ import trl  # noqa: E402
 from trl.experimental import cpo, orpo  # noqa: E402
 
 from mcpo_jax import registry  # noqa: E402
-from mcpo_jax.kernels import weights  # noqa: E402
-from mcpo_jax.types import Features, SetBatch  # noqa: E402
+from mcpo_jax.types import MISMATCHED_ID, Features, SetBatch  # noqa: E402
 
 TOLERANCE = 1e-6
 NUM_SETS = 16
@@ -108,7 +107,7 @@ def _features_and_batch(tokens, data, slots):
   batch = SetBatch(
       role=role,
       candidate_mask=np.ones(shape, bool),
-      candidate_id=np.where(ids == MISMATCHED, weights.MISMATCHED_ID, ids),
+      candidate_id=np.where(ids == MISMATCHED, MISMATCHED_ID, ids),
       multiplicity=np.ones(shape, np.int32),
       scores=-np.arange(slots) + np.zeros(shape, np.float32),
       lengths=mask.sum(axis=2).T.astype(np.int32),

@@ -299,8 +299,8 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
       for key in secrets])
   _raise_all([errors.ConfigError(
       "config.unknown_key", "no such key", where=key,
-      hint=errors.nearest(key, known)) for key in flat if key not in known])
-  _raise_all([errors.ConfigError(
+      hint=errors.nearest(key, known)) for key in flat if key not in known
+  ] + [errors.ConfigError(
       "config.missing", "the config lacks a key", where=key,
       hint="begin with default.get_config()")
       for key in KEYS if key not in flat])

@@ -18,6 +18,10 @@ import numpy as np
 Array = Any  # jax.Array or numpy.ndarray
 Params = Any  # nested dict of arrays
 
+# Candidate id of another prompt's completion that a set carries along (KTO).
+# Its role is 0: it is no negative and no kernel draws it.
+MISMATCHED_ID = np.uint32(2**32 - 1)
+
 
 class CandidateSet(NamedTuple):
   """One prompt and its candidates as token ids. Host side, ragged."""

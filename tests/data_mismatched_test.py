@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 import run_cases
 
-from mcpo_jax import errors
+from mcpo_jax import errors, types
 from mcpo_jax.data import mismatched, packing, store
 from mcpo_jax.data import tokenizer as tokenizer_lib
-from mcpo_jax.kernels import weights
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +52,7 @@ def test_the_set_gains_the_partners_best_as_its_last_candidate(data):
     other = data.candidate_set(int(more.partner[row]))
     best = int(np.nanargmax(other.scores))
     np.testing.assert_array_equal(one.completions[-1], other.completions[best])
-    assert one.candidate_ids[-1] == weights.MISMATCHED_ID
+    assert one.candidate_ids[-1] == types.MISMATCHED_ID
     assert np.isnan(one.scores[-1])
     np.testing.assert_array_equal(one.scores[:-1], plain.scores)
     order, role = packing.order_candidates(one, preferred="best")

@@ -10,9 +10,8 @@ import numpy as np
 import objectives_batches as batches
 import pytest
 
-from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import listwise, pairwise, softmax
-from mcpo_jax.types import Features
+from mcpo_jax.types import MISMATCHED_ID, Features
 
 FEW = hypothesis.settings(deadline=None, max_examples=12, database=None)
 BETA = 0.3
@@ -139,7 +138,7 @@ def _oracle(name, logps, sets):
         j
         for j in range(logps.shape[1])
         if sets.candidate_mask[b, 0] and sets.candidate_mask[b, j]
-        and sets.candidate_id[b, j] != weights.MISMATCHED_ID
+        and sets.candidate_id[b, j] != MISMATCHED_ID
     ]
     listed = [j for j in known if not np.isnan(sets.scores[b, j])]
     score = sets.scores[b].astype(np.float64)
@@ -183,7 +182,7 @@ def _batch(seed, num_slots=5):
   role = sets.role.copy()
   scores[0, 2] = scores[0, 1]
   scores[3, 1] = np.nan
-  ids[:, -1], role[:, -1] = weights.MISMATCHED_ID, 0
+  ids[:, -1], role[:, -1] = MISMATCHED_ID, 0
   return logps, sets._replace(scores=scores, candidate_id=ids, role=role)
 
 

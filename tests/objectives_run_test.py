@@ -15,7 +15,6 @@ import training_cases as cases
 from configs import default
 from mcpo_jax import objective_names, registry, settings, types
 from mcpo_jax.data import packing
-from mcpo_jax.kernels import weights
 from mcpo_jax.training import setup, update
 from mcpo_jax.training import stage as stage_lib
 
@@ -88,7 +87,7 @@ def make_batch(entry):
           completions=[*one.completions, foreign],
           completion_masks=[*one.completion_masks, np.ones(5, bool)],
           candidate_ids=np.append(
-              one.candidate_ids, weights.MISMATCHED_ID),
+              one.candidate_ids, types.MISMATCHED_ID),
           multiplicity=np.append(one.multiplicity, 1),
           scores=np.append(one.scores, np.float32(np.nan)))
     sets.append(one._replace(scores=one.scores / 5))
@@ -124,5 +123,5 @@ def test_every_objective_runs_from_a_config_and_moves_its_policy(name):
     # What is chosen gains on what is not, on the average of the batch.
     rejected = batch.meta.role == -1
     assert moved[:, 0].mean() > moved[rejected].mean()
-  foreign = batch.meta.candidate_id == weights.MISMATCHED_ID
+  foreign = batch.meta.candidate_id == types.MISMATCHED_ID
   assert not moved[foreign].any()

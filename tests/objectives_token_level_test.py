@@ -10,10 +10,9 @@ import numpy as np
 import objectives_batches as batches
 import pytest
 
-from mcpo_jax.kernels import weights
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.objectives import pairwise, token_level
-from mcpo_jax.types import Features
+from mcpo_jax.types import MISMATCHED_ID, Features
 
 FEW = hypothesis.settings(deadline=None, max_examples=6, database=None)
 BETA, ALPHA, TAIL, PENALTY = 0.3, 0.7, 0.4, 0.05
@@ -449,7 +448,7 @@ def test_masked_copies_of_candidates_change_nothing(x64, name):
   _, wide = batches.take_slots(x["logps"], sets, slots)
   wide.candidate_mask[:, 4] = False
   if name == "pmpo":  # a completion of another prompt is no candidate either
-    wide.role[:, 5], wide.candidate_id[:, 5] = 0, weights.MISMATCHED_ID
+    wide.role[:, 5], wide.candidate_id[:, 5] = 0, MISMATCHED_ID
   else:
     wide.candidate_mask[:, 5] = False
   losses, grads, aux = _run(name, y, wide)

@@ -10,9 +10,8 @@ import numpy as np
 import objectives_batches as batches
 import pytest
 
-from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import unpaired
-from mcpo_jax.types import Features
+from mcpo_jax.types import MISMATCHED_ID, Features
 
 FEW = hypothesis.settings(deadline=None, max_examples=12, database=None)
 BETA = 0.3
@@ -36,7 +35,7 @@ def _judge(sets, b):
       j
       for j in range(sets.role.shape[1])
       if sets.candidate_mask[b, j]
-      and sets.candidate_id[b, j] != weights.MISMATCHED_ID
+      and sets.candidate_id[b, j] != MISMATCHED_ID
   ]
   if own == [0]:
     return [(0, not sets.scores[b, 0] <= 0)]
@@ -53,7 +52,7 @@ def _oracle(name, logps, sets, delta=FIRST["delta"]):
         for b in range(r.shape[0])
         for j in range(r.shape[1])
         if sets.candidate_mask[b, 0] and sets.candidate_mask[b, j]
-        and sets.candidate_id[b, j] == weights.MISMATCHED_ID
+        and sets.candidate_id[b, j] == MISMATCHED_ID
     ]
     baseline = max(0.0, sum(other) / len(other)) if other else 0.0
   else:
@@ -81,7 +80,7 @@ def _batch(seed):
   ids, scores = sets.candidate_id.copy(), sets.scores.copy()
   mask[2:4, 1:] = False
   mask[:, 4] = True, False, True, True, True
-  ids[:, 4], role[:, 4] = weights.MISMATCHED_ID, 0
+  ids[:, 4], role[:, 4] = MISMATCHED_ID, 0
   scores[2:4, 0] = 1.0, 0.0
   rng = np.random.default_rng(seed)
   ref = rng.normal(-6.0, 2.0, logps.shape)

@@ -41,9 +41,9 @@ def test_more_chains_have_less_variance_and_a_better_direction():
 
 
 def test_the_mean_of_many_draws_of_cd_is_the_gradient_of_the_pool():
-  """Its bias is what the draws leave unknown; a largest-weight draw has one."""
+  """Its bias is what the draws leave unknown; the lightest has its own."""
   cd = compare("cd", [5, 4, 5], num_draws=48, include_preferred=True)
-  largest = compare("mcpo", [5, 4, 5], strategy="max")
+  lightest = compare("mcpo", [5, 4, 5], strategy="min")
   assert cd["estimator/bias"] < 0.15
-  assert largest["estimator/variance"] == pytest.approx(0, abs=1e-5)
-  assert largest["estimator/bias"] > 0.2
+  assert lightest["estimator/variance"] == pytest.approx(0, abs=1e-5)
+  assert lightest["estimator/bias"] > 0.5

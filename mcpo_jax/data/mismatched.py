@@ -12,8 +12,7 @@ import numpy as np
 from mcpo_jax import errors
 from mcpo_jax.data import packing
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.kernels import weights
-from mcpo_jax.types import CandidateSet
+from mcpo_jax.types import MISMATCHED_ID, CandidateSet
 
 
 def partners(prompt_hashes: np.ndarray, seed: int) -> np.ndarray:
@@ -46,7 +45,7 @@ def partners(prompt_hashes: np.ndarray, seed: int) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class MismatchedStore(store_lib.Store):
   """A store whose sets have the best completion of another prompt as their
-  last candidate, with the id `weights.MISMATCHED_ID` and no score."""
+  last candidate, with the id `types.MISMATCHED_ID` and no score."""
 
   partner: np.ndarray = dataclasses.field(default=None)  # [N] rows
 
@@ -61,7 +60,7 @@ class MismatchedStore(store_lib.Store):
         completions=[*one.completions, other.completions[best]],
         completion_masks=[*one.completion_masks, other.completion_masks[best]],
         candidate_ids=np.append(
-            one.candidate_ids, weights.MISMATCHED_ID),
+            one.candidate_ids, MISMATCHED_ID),
         multiplicity=np.append(one.multiplicity, np.int32(1)),
         scores=np.append(one.scores, np.float32(np.nan)))
 

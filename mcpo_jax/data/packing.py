@@ -12,8 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mcpo_jax import errors
-from mcpo_jax.kernels import weights
-from mcpo_jax.types import CandidateSet, SetBatch, Streams
+from mcpo_jax.types import MISMATCHED_ID, CandidateSet, SetBatch, Streams
 
 
 def roles(candidate_set: CandidateSet, preferred: int) -> np.ndarray:
@@ -33,7 +32,7 @@ def roles(candidate_set: CandidateSet, preferred: int) -> np.ndarray:
     role = np.full(len(scores), -1, np.int8)
   else:
     role = np.where(scores < scores[preferred], -1, 0).astype(np.int8)
-  role[candidate_set.candidate_ids == weights.MISMATCHED_ID] = 0
+  role[candidate_set.candidate_ids == MISMATCHED_ID] = 0
   role[preferred] = 1
   return role
 

@@ -10,13 +10,9 @@ of it is tied with it, and a tie is no negative.
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mcpo_jax.types import Array, SetBatch
 
-# Candidate id of another prompt's completion that a set carries along (KTO).
-# Its role is 0: it is no negative and no kernel draws it.
-MISMATCHED_ID = np.uint32(2**32 - 1)
 SCHEDULES = ("constant", "linear", "geometric")
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mcpo_jax import registry, user_code
 from mcpo_jax.kernels import weights
-from mcpo_jax.types import Array, Features, SetBatch
+from mcpo_jax.types import MISMATCHED_ID, Array, Features, SetBatch
 
 EXTREME = 1e4  # nats
 STEP = 1e-5  # of finite differences, nats
@@ -174,7 +174,7 @@ def _inputs(needs):
   candidate_id = np.tile(np.arange(shape[1], dtype=np.uint32), (_NUM_SETS, 1))
   if needs.mismatched:
     role[:, -1] = 0
-    candidate_id[:, -1] = weights.MISMATCHED_ID
+    candidate_id[:, -1] = MISMATCHED_ID
   hide = lambda x: np.where(mask, x, 0.0)
   lengths = np.where(mask, rng.integers(2, 9, shape), 0).astype(np.int32)
   scores = np.where(role == -1, -np.arange(shape[1]), 1.0).astype(np.float32)

@@ -1,7 +1,7 @@
 """Losses on the whole pool: every candidate of a set with its score.
 
 A list holds the candidates level with the chosen one too. Masked slots,
-another prompt's completion (`weights.MISMATCHED_ID`) and candidates of unknown
+another prompt's completion (`types.MISMATCHED_ID`) and candidates of unknown
 score stay out of it. A set has contrast if two scores of its list differ;
 without it the loss is 0 and has no gradient.
 
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import implicit
-from mcpo_jax.types import Array, Features, SetBatch
+from mcpo_jax.types import MISMATCHED_ID, Array, Features, SetBatch
 
 # Scores stand in an exponent in `lipo_loss`; beyond +-60 nats they are cut.
 MAX_EXPONENT = 60.0
@@ -377,7 +377,7 @@ def _list(features, batch, *, beta):
 def _listed(batch: SetBatch) -> jax.Array:
   """[B, J] bool, True on candidates in the list."""
   mask = jnp.asarray(batch.candidate_mask)
-  own = batch.candidate_id != jnp.uint32(weights.MISMATCHED_ID)
+  own = batch.candidate_id != MISMATCHED_ID
   known = ~jnp.isnan(batch.scores)
   return mask & mask[:, :1] & own & known
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import implicit, pairs
-from mcpo_jax.types import Features, SetBatch
+from mcpo_jax.types import MISMATCHED_ID, Features, SetBatch
 
 
 def wpo_loss(
@@ -332,7 +332,7 @@ def pmpo_loss(
   chex.assert_rank(features.logps, 2)
   chex.assert_equal_shape([features.logps, batch.role])
   known = jnp.logical_not(jnp.isnan(batch.scores))
-  own = batch.candidate_id != jnp.uint32(weights.MISMATCHED_ID)
+  own = batch.candidate_id != MISMATCHED_ID
   batch = batch._replace(
       candidate_mask=batch.candidate_mask & known & own
   )

@@ -1,7 +1,7 @@
 """Losses on completions judged one by one, good or bad: KTO, BCO.
 
 Desirable is slot 0, undesirable are the negatives. A set of a single
-completion, beside another prompt's (`weights.MISMATCHED_ID`), is undesirable if
+completion, beside another prompt's (`types.MISMATCHED_ID`), is undesirable if
 its score is known and not above 0: so records of one judged completion say it.
 
 The loss of a set is the mean over its judged completions. Where all sets have
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from mcpo_jax.kernels import weights
 from mcpo_jax.objectives import implicit
-from mcpo_jax.types import Array, Features, SetBatch
+from mcpo_jax.types import MISMATCHED_ID, Array, Features, SetBatch
 
 
 def kto_loss(
@@ -133,7 +133,7 @@ def _judged(batch: SetBatch) -> tuple[jax.Array, jax.Array]:
 
 def _mismatched(batch: SetBatch) -> jax.Array:
   """[B, J] bool, True on another prompt's completion, masked or not."""
-  return batch.candidate_id == jnp.uint32(weights.MISMATCHED_ID)
+  return batch.candidate_id == MISMATCHED_ID
 
 
 def _mean(values: Array, where: Array, *, axis: int | None) -> jax.Array:

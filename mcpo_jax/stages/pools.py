@@ -3,10 +3,9 @@
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors, objective_names
+from mcpo_jax import errors, objective_names, types
 from mcpo_jax.data import mismatched, packing
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.kernels import weights
 from mcpo_jax.training import setup
 
 
@@ -72,7 +71,7 @@ def check_pools(config, stores) -> None:
   for data, rows in stores.values():
     for row in rows if entry.scores or steps > 1 else []:
       one = data.candidate_set(int(row))
-      own = one.candidate_ids != weights.MISMATCHED_ID
+      own = one.candidate_ids != types.MISMATCHED_ID
       if entry.scores and np.isnan(one.scores[own]).any():
         raise errors.DataError(
             "data.field_missing", "the objective reads the score of every "

@@ -72,7 +72,7 @@ class Objective(NamedTuple):
   init_params: Callable[[], Any] | None = None  # of learned parameters
   preferred_weight: bool = False  # reads the anchor of that name
   prefix_length: bool = False  # reads the anchor of that name
-  mismatched: bool = False  # takes the slot of `weights.MISMATCHED_ID` too
+  mismatched: bool = False  # takes the slot of `types.MISMATCHED_ID` too
   progress: bool = False  # takes `progress`, the share of the stage done
   contrast: bool = True  # nothing to learn from a set without a negative
   reduce: str = "sets"  # or "tokens": what the global denominator counts
@@ -172,7 +172,7 @@ def _take_mismatched(
     drawn: types.KernelState, sets: types.SetBatch
 ) -> types.KernelState:
   """The draw with one more column: the slot of another prompt's completion."""
-  foreign = sets.candidate_mask & (sets.candidate_id == weights.MISMATCHED_ID)
+  foreign = sets.candidate_mask & (sets.candidate_id == types.MISMATCHED_ID)
   slot = jnp.argmax(foreign, axis=1, keepdims=True).astype(jnp.int32)
   return drawn._replace(
       selected=jnp.concatenate([drawn.selected, slot], axis=1),
