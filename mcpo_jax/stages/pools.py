@@ -61,22 +61,29 @@ def check_pools(config, stores) -> None:
   """What the objective and the kernel need of every set, before any training.
 
   Raises:
-    DataError: data.field_missing, a score that the objective reads is unknown.
+    DataError: data.field_missing, a score that the objective reads is unknown;
+      data.score_range, it is no win rate.
     ConfigError: config.range, no set has candidates enough for the chains.
   """
-  entry = objective_names.find_objective(config["objective"]["name"])
-  kernel = config["kernel"]
+  name, kernel = config["objective"]["name"], config["kernel"]
+  win_rates = config["objective"].get("form") == "win_rate"
+  scores = objective_names.find_objective(name).scores or win_rates
   steps = (kernel["num_steps"] or 1) * (kernel["block_size"] or 1)
   negatives = []
   for data, rows in stores.values():
-    for row in rows if entry.scores or steps > 1 else []:
+    for row in rows if scores or steps > 1 else []:
       one = data.candidate_set(int(row))
       own = one.candidate_ids != types.MISMATCHED_ID
-      if entry.scores and np.isnan(one.scores[own]).any():
+      where = f"prompt_id {one.prompt_id}, scores"
+      if scores and np.isnan(one.scores[own]).any():
         raise errors.DataError(
             "data.field_missing", "the objective reads the score of every "
-            "completion", where=f"prompt_id {one.prompt_id}, scores",
-            hint=f"objective.name={config['objective']['name']} needs scores")
+            "completion", where=where, hint=f"{name} needs scores")
+      if win_rates and ((one.scores[own] < 0) | (one.scores[own] > 1)).any():
+        raise errors.DataError(
+            "data.score_range", "the objective reads scores as win rates",
+            where=where, got=float(one.scores[own].max()), want="0 to 1",
+            hint="objective.form=hard reads the order alone")
       negatives.append(own.sum() - 1)
   if negatives and steps > max(negatives):
     raise errors.ConfigError(
