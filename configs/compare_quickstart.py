@@ -3,7 +3,7 @@
 Every row is `quickstart.py` with the settings of its line: the same start,
 prompts, order and number of updates.
 
-Hardware: 2 CPU cores, 4 GB; 12 runs, about 30 minutes. Command:
+Hardware: 2 CPU cores, 4 GB; 12 runs, about 12 minutes. Command:
 
   python -m mcpo_jax compare --config=configs/compare_quickstart.py \
       --workdir=runs/compare_quickstart
