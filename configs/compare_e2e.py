@@ -5,7 +5,8 @@ order and number of updates. Rows that differ from DPO with a random negative in
 the law of the negative alone come first, with five seeds; then other
 objectives at their usual strength for scores in [0, 1], with three.
 
-Data: as `e2e.py`. Hardware: 2 CPU cores, 4 GB; 59 runs, about 40 minutes. Command:
+Data: as `e2e.py`. Hardware: 2 CPU cores, 4 GB; 59 runs, about 40 minutes.
+Command:
 
   python -m mcpo_jax compare --config=configs/compare_e2e.py \
       --workdir=runs/compare_e2e
