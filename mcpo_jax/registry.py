@@ -442,9 +442,9 @@ OBJECTIVES: dict[str, Objective] = (
     | MOVING | ROUNDS | TOKEN_LEVEL
 )
 
-# Terms that need the reference's whole distribution, not its log-probs alone:
-# its weights must be resident.
-FULL_DISTRIBUTION = frozenset(
+# Terms that are computed with the reference, so that its weights must be
+# resident: a cache holds the log-probs of the completions alone.
+REFERENCE_TERMS = frozenset(
     ("kl", "risk", "masked_ratio", "masked_kl", "mask_size", "ref_prefix"))
 
 # Kernel strategy -> does it need the current policy's scores of the pool?

@@ -454,8 +454,8 @@ def _check_mesh(config) -> list[errors.McpoError]:
 
 
 def _resolve_objective(config) -> list[errors.McpoError]:
-  """Fills objective, kernel and reference from the registry."""
-  objective, kernel = config["objective"], config["kernel"]
+  """Fills objective, kernel and reference from what the objective needs."""
+  objective = config["objective"]
   name = str(objective["name"])
   try:
     entry, found = objective_names.find_objective(name), []
@@ -471,21 +471,38 @@ def _resolve_objective(config) -> list[errors.McpoError]:
       found.append(errors.ConfigError(
           "config.unused", f"{name} does not take it",
           where=f"objective.{key}", want=", ".join(entry.settings)))
+  refused = _resolve_strategy(config, entry)
+  if refused:  # what follows depends on it
+    return found + [refused]
+  found += _resolve_kernel(config, entry)
+  found += _check_estimates(config)
+  found += _resolve_reference(config, entry)
+  return found
 
+
+def _resolve_strategy(config, entry) -> errors.McpoError | None:
+  """Fills the kernel's strategy; tells what is wrong with it."""
+  name, kernel = config["objective"]["name"], config["kernel"]
   strategy = kernel["strategy"] or entry.strategy
   allowed = objective_names.allowed_strategies(entry)
   if ":" in strategy and entry.strategies is None:
     try:
       user_code.check_kernel(strategy)
     except errors.ConfigError as e:
-      return found + [e]
+      return e
   elif strategy not in allowed:
-    found.append(errors.ConfigError(
+    return errors.ConfigError(
         "config.range", f"{name} does not work with it",
         where="kernel.strategy", got=strategy, want=" | ".join(allowed),
-        hint=errors.nearest(strategy, allowed)))
-    return found
+        hint=errors.nearest(strategy, allowed))
   kernel["strategy"] = strategy
+  return None
+
+
+def _resolve_kernel(config, entry) -> list[errors.McpoError]:
+  """Fills the settings that the kernel's strategy reads."""
+  kernel, found = config["kernel"], []
+  strategy = kernel["strategy"]
   for key, (setting, readers) in _KERNEL.items():
     value = kernel[key]
     if strategy in readers or ":" in strategy and key in _OWN_KERNEL:
@@ -499,10 +516,9 @@ def _resolve_objective(config) -> list[errors.McpoError]:
   found += _resolve_chain(config, entry)
   if entry.pairwise and kernel["num_negatives"] != 1:
     found.append(errors.ConfigError(
-        "config.range", f"{name} compares one pair",
+        "config.range", f"{config['objective']['name']} compares one pair",
         where="kernel.num_negatives", got=kernel["num_negatives"], want="1"))
 
-  reads_scores = STRATEGIES.get(strategy, True)
   refresh = str(kernel["refresh"])
   if refresh not in ("step", "epoch") and not re.fullmatch(
       "[1-9][0-9]*", refresh):
@@ -510,10 +526,17 @@ def _resolve_objective(config) -> list[errors.McpoError]:
         "config.range", "not a rhythm", where="kernel.refresh", got=refresh,
         want="step | epoch | a whole number of steps >= 1",
         hint=errors.nearest(refresh, ("step", "epoch"))))
-  elif refresh != "step" and not reads_scores:
+  elif refresh != "step" and not STRATEGIES.get(strategy, True):
     found.append(errors.ConfigError(
         "config.unused", f"strategy {strategy} draws without the policy's "
         "scores", where="kernel.refresh", got=refresh, want="step"))
+  return found
+
+
+def _check_estimates(config) -> list[errors.McpoError]:
+  """What concerns candidates as samples: corrections, comparisons."""
+  name, strategy = config["objective"]["name"], config["kernel"]["strategy"]
+  found = []
   if config["proposal"]["correction"]:
     if name not in ("mcpo", "rnce"):
       found.append(errors.ConfigError(
@@ -531,7 +554,14 @@ def _resolve_objective(config) -> list[errors.McpoError]:
         "config.unused", "only uncorrected draws of mcpo and cd are compared "
         "with the whole pool", where="evaluation.estimator_every_steps",
         got=every, want="None"))
-  needs_weights = bool(registry.FULL_DISTRIBUTION & set(entry.terms))
+  return found
+
+
+def _resolve_reference(config, entry) -> list[errors.McpoError]:
+  """Fills where the reference comes from, if anything reads one."""
+  name, kernel = config["objective"]["name"], config["kernel"]
+  reads_scores, found = STRATEGIES.get(kernel["strategy"], True), []
+  needs_weights = bool(registry.REFERENCE_TERMS & set(entry.terms))
   needs_reference = bool(entry.anchors) or needs_weights or (
       reads_scores and str(kernel["score"]).startswith("reward"))
   reference = config["reference"]

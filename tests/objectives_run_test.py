@@ -51,9 +51,9 @@ class Table(stage_lib.Model):
     return jnp.where(self._present(streams, shape), params["table"], 0.0)
 
   def features(self, params, reference, streams, sets, *, terms=(),
-               confidence=None):
+               confidence=None, reference_config=None):
     assert ("risk" in terms) == (confidence is not None)
-    assert bool(registry.FULL_DISTRIBUTION & set(terms)) == bool(
+    assert bool(registry.REFERENCE_TERMS & set(terms)) == bool(
         jax.tree.leaves(reference))
     logps = self.sequence_logps(params, streams, *sets.role.shape)
     if "prefix" in terms:
@@ -108,7 +108,7 @@ def test_every_objective_runs_from_a_config_and_moves_its_policy(name):
   table = -rng.uniform(8, 12, (B, K)).astype(np.float32)
   reference = stage_lib.Reference(
       lambda b: table + 0.1,
-      {"w": table} if registry.FULL_DISTRIBUTION & set(entry.terms) else ())
+      {"w": table} if registry.REFERENCE_TERMS & set(entry.terms) else ())
   functions = stage_lib.make_functions(stage, model)
   state = functions.init({"table": jnp.asarray(table)})
   for _ in range(2):

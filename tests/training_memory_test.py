@@ -1,5 +1,7 @@
 """Chains that go on where an example was left last; states of losses."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import training_cases as cases
 
 from mcpo_jax import types
 from mcpo_jax.data import packing
+from mcpo_jax.models import decoder
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import loop, metrics, update
 from mcpo_jax.training import stage as stage_lib
@@ -150,3 +153,20 @@ def test_what_a_loss_learns_is_trained_but_no_part_of_the_policy():
   assert any(jax.tree.leaves(moved))
   assert step_lib.policy_of(state.params).keys() == start.keys()
   assert functions.from_loss._cache_size() == 1
+
+
+def test_the_reference_may_be_of_another_architecture():
+  stage = stage_of("tdpo1", strategy="fixed_worst", score=None,
+                   temperature=None)
+  model = cases.make_model()
+  config = dataclasses.replace(model.config, num_layers=3, hidden_size=24)
+  other = decoder.init_params(jax.random.key(5), config)
+  functions = stage_lib.make_functions(stage, model, config)
+  state, values = update.run_step(
+      stage, model, functions, functions.init(cases.init(model)),
+      make_batch(0), stage_lib.Reference(reference, other, config))
+  assert values["finite"] and values["grads/global_norm"] > 0
+  with pytest.raises((TypeError, ValueError)):  # taken for the policy's
+    update.run_step(
+        stage, model, stage_lib.make_functions(stage, model), state,
+        make_batch(1), stage_lib.Reference(reference, other))

@@ -206,10 +206,6 @@ def _check_sources(sources: list[Source]) -> None:
       seen[real] = str(name)
 
 
-def _cut(tokens, mask, length):
-  return tokens[:length], mask[:length]
-
-
 def _fit_prompt(prompt, limits, bos_id, where, counts):
   """The prompt within its length, or None if the row is to be skipped."""
   most, policy = limits.max_prompt_length, limits.prompt_overlength

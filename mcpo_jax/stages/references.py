@@ -66,9 +66,10 @@ def make_references(
   if source == "resident":
     params, other = reference_params(run, model, start)
     resident = host_sequence_logps(other, params)
-    needs_weights = registry.FULL_DISTRIBUTION & set(
+    needs_weights = registry.REFERENCE_TERMS & set(
         objective_names.find_objective(run.config["objective"]["name"]).terms)
-    return {name: stage_lib.Reference(resident, params if needs_weights else ())
+    return {name: stage_lib.Reference(
+        resident, params if needs_weights else (), other.config)
             for name in stores}
   caches = {name: open_reference(run, model, start, data)
             for name, (data, _) in stores.items()}

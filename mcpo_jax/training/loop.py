@@ -140,7 +140,7 @@ def train(
   Raises:
     NonFiniteError, CheckpointError.
   """
-  functions = make_functions(stage, model)
+  functions = make_functions(stage, model, reference.config)
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
   try:
     return _train(stage, model, make_batch, start, folder, writer, when,

@@ -74,12 +74,14 @@ class Model(NamedTuple):
         num_slots=num_slots)
 
   def features(self, params, reference, streams, sets, *, terms=(),
-               confidence=None):
+               confidence=None, reference_config=None):
     """Features [B, K], 0 for what is not in the streams; `reference` are the
-    weights that some terms need, () for all others."""
+    weights that some terms need, () for all others, of `reference_config` if
+    that is not the policy's."""
     return scoring.sequence_features(
         step_lib.policy_of(params), self.config, streams, sets, terms=terms,
-        reference=reference or None, confidence=confidence,
+        reference=reference or None, reference_config=reference_config,
+        confidence=confidence,
         objective_params=params.get("objective"),
         compute_dtype=self.compute_dtype, remat=self.remat)
 
@@ -120,6 +122,7 @@ class Reference(NamedTuple):
 
   logps: Callable[[batch_lib.HostBatch], np.ndarray] | None = None  # -> [B, K]
   params: Any = ()  # resident weights, for objectives whose terms need them
+  config: model_config.ModelConfig | None = None  # None: as the policy's
 
 
 NO_REFERENCE = Reference()
@@ -132,7 +135,9 @@ def refresh_steps(text: str, num_examples: int, batch_size: int) -> int:
   return 1 if text == "step" else int(text)
 
 
-def make_objective(stage: Stage, model: Model) -> step_lib.Objective:
+def make_objective(
+    stage: Stage, reference_config: model_config.ModelConfig
+) -> step_lib.Objective:
   """The loss of a stage with its settings, and what it needs of the step."""
   entry, kernel, init_params = stage.entry, stage.kernel, None
   include = bool(kernel.get("include_preferred"))
@@ -142,7 +147,7 @@ def make_objective(stage: Stage, model: Model) -> step_lib.Objective:
       corrected=stage.corrected and kernel["strategy"] == "all")
   if entry.parameters:
     init_params = lambda: user_code.load(entry.parameters)(
-        jax.random.key(stage.seed), model.config,
+        jax.random.key(stage.seed), reference_config,
         shared_mask=first_setting(stage, "shared_mask", False))
   return step_lib.Objective(
       loss, lambda: objective_names.first_state(
@@ -152,8 +157,13 @@ def make_objective(stage: Stage, model: Model) -> step_lib.Objective:
       progress=entry.progress, contrast=entry.contrast, reduce=entry.reduce)
 
 
-def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
-  """The jitted functions of a stage."""
+def make_functions(
+    stage: Stage,
+    model: Model,
+    reference_config: model_config.ModelConfig | None = None,
+) -> step_lib.StepFunctions:
+  """The jitted functions of a stage; `reference_config` is that of resident
+  reference weights, None: as the policy's."""
   entry, options = stage.entry, dict(stage.optimizer)
   schedule = optimizer_lib.make_schedule(
       schedule=options.pop("schedule"),
@@ -168,9 +178,10 @@ def make_functions(stage: Stage, model: Model) -> step_lib.StepFunctions:
   return step_lib.make_step_functions(
       functools.partial(
           model.features, terms=entry.terms,
-          confidence=first_setting(stage, "confidence", None)),
+          confidence=first_setting(stage, "confidence", None),
+          reference_config=reference_config),
       model.sequence_logps, model.held_out_values,
-      make_objective(stage, model),
+      make_objective(stage, reference_config or model.config),
       step_lib.Kernel(
           **kernel, replace=entry.replace, corrected=stage.corrected),
       tx, schedule, num_steps=stage.num_steps, refresh=stage.refresh,
