@@ -308,12 +308,22 @@ def get_config() -> ml_collections.ConfigDict:
   # Shards of heads, feed-forward width and vocabulary.
   mesh.tensor = 1
 
-  # --- Generation: sampling in the evaluation ---------------------------------
+  # --- Generation: how completions are sampled --------------------------------
   generation = config.generation = ml_collections.ConfigDict()
   # Of the softmax over tokens; 0 is greedy.
   generation.temperature = 1.0
   # Sample among the likeliest tokens that hold this share of probability.
   generation.top_p = 1.0
+  # Sample among the k likeliest tokens. 0: all.
+  generation.top_k = 0
+  # Sample among tokens at least this share as likely as the likeliest.
+  generation.min_p = 0.0
+  # Above 1 makes tokens of the prompt and of the completion so far less likely.
+  generation.repetition_penalty = 1.0
+  # No stop token before this many tokens.
+  generation.min_new_tokens = 0
+  # Texts that end a sample and are left out of it.
+  generation.stop = ()
   # Longest sample, in tokens. None: data.max_completion_length.
   generation.max_new_tokens = config_dict.placeholder(int)
   # Samples per prompt.

@@ -11,6 +11,7 @@ import pytest
 import training_cases as cases
 
 from mcpo_jax.evaluation import likelihood, samples
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.models import decoder, scoring
 from mcpo_jax.stages import evaluate, preference, references, sampling
@@ -253,7 +254,7 @@ def test_kl_on_samples_is_that_of_texts_scored_one_by_one():
       rows_per_block=8)
   drawn = samples.sample_and_score(
       service, lambda prompts, completions: [0.0] * len(completions), prompts,
-      num_samples=2, temperature=1.0, top_p=1.0, seed=1)
+      num_samples=2, sampling=Sampling(), seed=1)
   kl = lambda start: evaluate.sampled_kl(
       model, params, start, prompts, drawn, seed=0)
   same = kl(lambda: params)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax.evaluation import samples
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.types import GenerationResult
 
 
@@ -14,7 +15,7 @@ class FakeService:
     self.skill = skill
 
   def generate(
-      self, prompts, *, prompt_ids, num_samples, temperature, top_p, seed
+      self, prompts, *, prompt_ids, num_samples, sampling, seed
   ):
     counts = np.array([
         [len(p) + n + self.skill for n in range(num_samples)] for p in prompts
@@ -51,7 +52,7 @@ def reward(prompts, completions, offset):
 def scored(skill, num_samples=2):
   return samples.sample_and_score(
       FakeService(skill), reward, PROMPTS, num_samples=num_samples,
-      temperature=1.0, top_p=1.0, seed=0,
+      sampling=Sampling(), seed=0,
   )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from mcpo_jax import errors, sharding
 from mcpo_jax.generation import sampler, service
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.models import decoder
 from mcpo_jax.models.config import ModelConfig
 
@@ -55,7 +56,7 @@ def request(lengths=(4, 9, 2, 13, 6, 7, 3), **changes):
   ids = rng.integers(0, 2**32, (len(lengths), 2), dtype=np.uint32)
   return dict(
       prompts=[rng.integers(0, 32, n) for n in lengths], prompt_ids=ids,
-      num_samples=2, temperature=1.0, top_p=1.0, seed=7,
+      num_samples=2, sampling=Sampling(), seed=7,
   ) | changes
 
 
@@ -119,7 +120,8 @@ def test_an_update_changes_the_weights_and_compiles_nothing(monkeypatch):
   served = make()
   first = served.generate(**request(), require_version=3)
   served.update(params_of(1), 4)
-  second = served.generate(**request(temperature=0.5, top_p=0.9))
+  cooler = Sampling(temperature=0.5, top_p=0.9)
+  second = served.generate(**request(sampling=cooler))
   assert (first.policy_version, second.policy_version) == (3, 4)
   assert (first.tokens != second.tokens).any() and len(traces) == 1
   with pytest.raises(errors.ServiceError) as e:
@@ -136,11 +138,11 @@ def test_an_update_changes_the_weights_and_compiles_nothing(monkeypatch):
     ("prompts", dict(prompts=[np.arange(3)] * 6 + [np.array([-1, 3])])),
     ("prompt_ids", dict(prompt_ids=np.zeros((6, 2)))),
     ("num_samples", dict(num_samples=0)),
-    ("temperature", dict(temperature=-1.0)),
-    ("temperature", dict(temperature=float("nan"))),
-    ("temperature", dict(temperature=float("inf"))),
-    ("top_p", dict(top_p=0.0)),
-    ("top_p", dict(top_p=1.1)),
+    ("temperature", dict(sampling=Sampling(temperature=-1.0))),
+    ("temperature", dict(sampling=Sampling(temperature=float("nan")))),
+    ("temperature", dict(sampling=Sampling(temperature=float("inf")))),
+    ("top_p", dict(sampling=Sampling(top_p=0.0))),
+    ("top_p", dict(sampling=Sampling(top_p=1.1))),
     ("seed", dict(seed=-1)),
 ])
 def test_a_request_that_cannot_be_served_is_refused(slug, changes):

@@ -7,6 +7,7 @@ import numpy as np
 
 from mcpo_jax import types
 from mcpo_jax.evaluation import statistics
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.rewards import functions
 
@@ -38,8 +39,7 @@ def sample_and_score(
     prompt_set: PromptSet,
     *,
     num_samples: int,
-    temperature: float,
-    top_p: float,
+    sampling: Sampling,
     seed: int,
 ) -> ScoredSamples:
   """Samples every prompt and scores the texts.
@@ -49,8 +49,7 @@ def sample_and_score(
     reward: fn(prompts, completions, **columns) -> one number per completion.
     prompt_set: R prompts.
     num_samples: N per prompt.
-    temperature: 0 is greedy.
-    top_p: in (0, 1].
+    sampling: how each is drawn.
     seed: equal seeds draw with the same noise, from whatever weights.
 
   Returns:
@@ -63,8 +62,7 @@ def sample_and_score(
       prompt_set.tokens,
       prompt_ids=prompt_set.prompt_ids,
       num_samples=num_samples,
-      temperature=temperature,
-      top_p=top_p,
+      sampling=sampling,
       seed=seed,
   )
   each = lambda items: [item for item in items for _ in range(num_samples)]

@@ -8,10 +8,35 @@ weight stands at -inf and is never drawn.
 Letters: R rows, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
 Array = jax.Array
+
+
+class Sampling(NamedTuple):
+  """How a completion is drawn; the same for all samples of a request.
+
+  The order is that of other engines: repetition penalty on the logits,
+  temperature, then top-k, min-p and top-p on what is left, renormalised.
+  """
+
+  temperature: float = 1.0  # divides the logits; 0 is greedy
+  top_k: int = 0  # the k likeliest tokens; 0: all
+  top_p: float = 1.0  # the fewest likeliest tokens with this mass; 1: all
+  min_p: float = 0.0  # tokens at least this share as likely as the likeliest
+  # On tokens that stand in the prompt or in the completion so far, as
+  # transformers has it: positive logits are divided by it, others multiplied.
+  repetition_penalty: float = 1.0
+  min_new_tokens: int = 0  # no stop token before; stop strings still end it
+  max_new_tokens: int | None = None  # None: the service's own limit
+  stop_ids: tuple[int, ...] = ()  # end a completion, beside the service's own
+  stop: tuple[str, ...] = ()  # texts that end it; they are left out of `text`
+
+
+GREEDY = Sampling(temperature=0.0)
 
 
 def behaviour_logps(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from mcpo_jax import errors, sharding
 from mcpo_jax.generation import sampler
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import GenerationResult, Params
 
@@ -85,8 +86,7 @@ class GenerationService:
       *,
       prompt_ids: np.ndarray,
       num_samples: int,
-      temperature: float,
-      top_p: float,
+      sampling: Sampling,
       seed: int,
       require_version: int | None = None,
   ) -> GenerationResult:
@@ -97,8 +97,7 @@ class GenerationService:
       prompt_ids: [R, 2] uint32. With the seed and the index of the sample they
         address the draws: a sample is the same whatever else is asked for.
       num_samples: N >= 1.
-      temperature: >= 0; 0 is greedy.
-      top_p: in (0, 1].
+      sampling: how each is drawn.
       seed: in [0, 2^32).
       require_version: refuse to answer with other weights.
 
@@ -119,6 +118,7 @@ class GenerationService:
           want=require_version,
       )
     prompt_ids = np.asarray(prompt_ids, np.uint32)
+    temperature, top_p = sampling.temperature, sampling.top_p
     self._check(prompts, prompt_ids, num_samples, temperature, top_p, seed)
 
     num_prompts, samples = self._block_shape(num_samples)

@@ -9,6 +9,7 @@ from absl import logging
 
 from mcpo_jax import commit
 from mcpo_jax.evaluation import likelihood, samples
+from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results, sampling
 from mcpo_jax.training import metrics, reference, setup
@@ -43,14 +44,13 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
 
   model, start = setup.open_model(run, results.find_start(run))
   service = sampling.make_service(run, model, start())
-  laws = {"": (options["num_samples"], options["temperature"],
-               options["top_p"]), "greedy/": (1, 0.0, 1.0)}
+  laws = {"": (options["num_samples"], sampling.law(run.config)),
+          "greedy/": (1, GREEDY)}
 
   def sample(law):
-    num, temperature, top_p = laws[law]
+    num, how = laws[law]
     return samples.sample_and_score(
-        service, reward, prompts, num_samples=num, temperature=temperature,
-        top_p=top_p, seed=seed)
+        service, reward, prompts, num_samples=num, sampling=how, seed=seed)
 
   before = {law: sample(law) for law in laws}
   aligned = hf.load_params(

@@ -7,6 +7,7 @@ import numpy as np
 
 from mcpo_jax import commit, objective_names, user_code
 from mcpo_jax.evaluation import likelihood, preferences
+from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.training import batch as batch_lib
@@ -93,8 +94,8 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
            else references.host_sequence_logps(model, params))
   start_logps = np.concatenate(
       [logps(batch)[batch.meta.candidate_mask[:, 0]] for batch in held])
-  greedy = {"num_samples": 1, "temperature": 0.0, "top_p": 1.0,
-            "seed": stage.seed, "prompt_ids": shown.prompt_ids}
+  greedy = {"num_samples": 1, "sampling": GREEDY, "seed": stage.seed,
+            "prompt_ids": shown.prompt_ids}
   before = service.generate(shown.tokens, **greedy).text
   path = run.workdir / "preference" / "samples.jsonl"
 

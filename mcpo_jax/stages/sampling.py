@@ -7,6 +7,7 @@ import numpy as np
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import samples
 from mcpo_jax.generation import service as service_lib
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.rewards import functions as rewards
 from mcpo_jax.training import setup
 from mcpo_jax.training import stage as stage_lib
@@ -32,6 +33,14 @@ def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
       prompt_ids=np.stack([s.example_id for s in sets]),
       prompts=[c["prompt"] for c in columns],
       columns={name: [c[name] for c in columns] for name in sorted(shared)})
+
+
+def law(config: dict[str, Any]) -> Sampling:
+  """How the config draws samples."""
+  options = config["generation"]
+  return Sampling(**{
+      name: tuple(options[name]) if name == "stop" else options[name]
+      for name in Sampling._fields if name != "stop_ids"})
 
 
 def make_service(
