@@ -277,9 +277,14 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Reference: the fixed policy that the reward is measured from -----------
   reference = config.reference = ml_collections.ConfigDict()
-  # "cached" (log-probs on disk) or "resident" (weights in memory).
-  # None: "cached" if the objective needs a reference, else there is none.
+  # "cached" (log-probs on disk; offline only) or "resident" (weights in
+  # memory); online also "previous_round" (the weights that wrote the
+  # candidates) or "ema" (a moving average over rounds).
+  # None: "cached", online "resident", if the objective needs a reference, else
+  # there is none.
   reference.source = config_dict.placeholder(str)
+  # Share of the old average at every round (ema). None: 0.9.
+  reference.ema_decay = config_dict.placeholder(float)
   # Its weights. None: the weights the preference stage starts from.
   reference.path = config_dict.placeholder(str)
 
@@ -335,6 +340,57 @@ def get_config() -> ml_collections.ConfigDict:
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
+
+  # --- Online: candidates are sampled from the policy while it trains ---------
+  online = config.online = ml_collections.ConfigDict()
+  # OnMC-PO: a round samples candidates for prompts of data.path, scores them
+  # by `reward`, prefers the best, and trains on the sets as offline.
+  online.enabled = False
+  # Prompts of a round.
+  online.prompts_per_round = 64
+  # Times that a round's sets are trained on.
+  online.epochs_per_round = 1
+  # Candidates of a prompt, the preferred one included.
+  online.num_candidates = 8
+  # Samples of a prompt, of which rejection keeps some. None: as many as there
+  # are sampled candidates.
+  online.num_samples = config_dict.placeholder(int)
+  # Share of the candidates that is sampled; the others come from the record,
+  # scored anew by `reward`.
+  online.online_fraction = 1.0
+  # What is preferred: the best by "score", or the preferred completion of the
+  # "data" (SPIN), which then is the one candidate that is not sampled.
+  online.preferred = "score"
+  # Rounds between the weights that sample and those that train: 0 samples and
+  # trains in turn, 1 samples the next round while one is trained on.
+  online.policy_lag = 0
+  # Earlier rounds whose sets are trained on again.
+  online.replay_rounds = 0
+  # Share of the reference in the log-probs sampled from (Nash-MD, IPO-MD).
+  online.mixture = 0.0
+  # Sample by weights ahead of the policy by this many times its last round's
+  # change (accelerated preference optimization).
+  online.extrapolation = 0.0
+  # Keep samples by statistical rejection (RSO) with this temperature of the
+  # reward. None: keep all.
+  online.rejection_beta = config_dict.placeholder(float)
+  # A second reward that is only watched, by a name as reward.name.
+  # None: there is none.
+  online.judge = config_dict.placeholder(str)
+  # On an alarm "warn" or "stop". The limits follow; None: no such alarm.
+  online.alarm = "warn"
+  # Nats from the reference, of a sample.
+  online.max_kl = 50.0
+  # Mean implicit reward of preferred completions below 0.
+  online.max_chosen_drop = 2.0
+  # Length of samples against the first round, either way.
+  online.max_length_ratio = 2.0
+  # Share of sets without a better candidate.
+  online.max_tied_share = 0.9
+  # Share of a sample's trigrams of tokens that it had before.
+  online.max_repetition = 0.5
+  # Nats of a token, between sampler and trainer.
+  online.max_logp_gap = 0.1
 
   # --- Evaluation -------------------------------------------------------------
   evaluation = config.evaluation = ml_collections.ConfigDict()

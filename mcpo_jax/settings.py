@@ -129,7 +129,9 @@ KEYS: dict[str, Setting] = {
     "kernel.strategy": _or_none(),
     "kernel.num_negatives": _COUNT,
     "kernel.refresh": _ANY,
-    "reference.source": _or_none(Setting(choices=("cached", "resident"))),
+    "reference.source": _or_none(Setting(
+        choices=("cached", "resident", "previous_round", "ema"))),
+    "reference.ema_decay": _or_none(Setting(low=0.0, high=1.0, open_high=True)),
     "reference.path": _or_none(),
     "sft.data_path": _or_none(),
     "sft.data_format": _FORMAT,
@@ -149,6 +151,26 @@ KEYS: dict[str, Setting] = {
     "generation.num_samples": _COUNT,
     "reward.name": _or_none(),
     "reward.patterns_path": _or_none(),
+    "online.enabled": _FLAG,
+    "online.prompts_per_round": _COUNT,
+    "online.epochs_per_round": _COUNT,
+    "online.num_candidates": Setting(low=2, high=4095),
+    "online.num_samples": _or_none(Setting(low=1, high=4095)),
+    "online.online_fraction": Setting(low=0.0, high=1.0, open_low=True),
+    "online.preferred": Setting(choices=("score", "data")),
+    "online.policy_lag": Setting(low=0),
+    "online.replay_rounds": Setting(low=0),
+    "online.mixture": Setting(low=0.0, high=1.0),
+    "online.extrapolation": Setting(low=0.0, high=10.0),
+    "online.rejection_beta": _or_none(_POSITIVE),
+    "online.judge": _or_none(),
+    "online.alarm": Setting(choices=("warn", "stop")),
+    "online.max_kl": _or_none(_POSITIVE),
+    "online.max_chosen_drop": _or_none(Setting(low=0.0)),
+    "online.max_length_ratio": _or_none(Setting(low=1.0)),
+    "online.max_tied_share": _or_none(Setting(low=0.0, high=1.0)),
+    "online.max_repetition": _or_none(Setting(low=0.0, high=1.0)),
+    "online.max_logp_gap": _or_none(_POSITIVE),
     "evaluation.every_steps": _COUNT,
     "evaluation.num_prompts": _or_none(_COUNT),
     "evaluation.num_display": _COUNT,
@@ -314,6 +336,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _check_texts(config)
   found += _check_mesh(config)
   found += _resolve_objective(config)
+  found += _check_online(config)
   if not found:  # these calculate with the values
     found += _check_lengths(config)
   _raise_all(found)
@@ -458,6 +481,86 @@ def _check_mesh(config) -> list[errors.McpoError]:
   return []
 
 
+def _check_online(config) -> list[errors.McpoError]:
+  """The rounds of on-policy candidates."""
+  online, reference, found = config["online"], config["reference"], []
+
+  def refuse(slug, message, key, want, got=None):
+    found.append(errors.ConfigError(
+        slug, message, where=key, got=got, want=want))
+
+  source = reference["source"]
+  if not online["enabled"]:
+    if source in ("previous_round", "ema"):
+      refuse("config.unused", "there are no rounds offline",
+             "reference.source", "cached or resident", source)
+    if reference["ema_decay"] is not None:
+      refuse("config.unused", "only reference.source=ema reads it",
+             "reference.ema_decay", "None", reference["ema_decay"])
+    return found
+  if source == "cached":
+    refuse("config.conflict", "fresh samples are in no cache",
+           "reference.source", "resident, previous_round or ema", source)
+  if source == "ema" and reference["ema_decay"] is None:
+    reference["ema_decay"] = 0.9
+  if source != "ema" and reference["ema_decay"] is not None:
+    refuse("config.unused", "only reference.source=ema reads it",
+           "reference.ema_decay", "None", reference["ema_decay"])
+  if source in ("previous_round", "ema") and reference["path"]:
+    refuse("config.unused", "the reference is the policy's own past",
+           "reference.path", "None", reference["path"])
+  prompts = online["prompts_per_round"] * online["epochs_per_round"]
+  if prompts % config["batch_size"]:
+    refuse("config.divisible", "a round is a whole number of updates",
+           "online.prompts_per_round",
+           f"a multiple of batch_size = {config['batch_size']}, times "
+           "online.epochs_per_round", online["prompts_per_round"])
+  refresh = str(config["kernel"]["refresh"])
+  if refresh == "epoch" or refresh.isdigit() and (
+      prompts // config["batch_size"] % int(refresh)):
+    refuse("config.divisible", "draws are made anew with every round",
+           "kernel.refresh", "a divisor of the updates of a round", refresh)
+  by_data = online["preferred"] == "data"
+  if not by_data and config["reward"]["name"] is None:
+    refuse("config.missing", "samples are preferred by a reward",
+           "reward.name", "a reward, or online.preferred=data")
+  if by_data and online["online_fraction"] < 1:
+    refuse("config.unused", "beside the preferred completion of the data all "
+           "are sampled", "online.online_fraction", "1.0",
+           online["online_fraction"])
+  if config["data"]["preferred"] == "index" and not by_data:
+    refuse("config.conflict", "samples are preferred by their scores",
+           "data.preferred", "best or top_k", "index")
+  kept = online["num_candidates"] - 1 if by_data else max(1, round(
+      online["num_candidates"] * online["online_fraction"]))
+  rejects = online["rejection_beta"] is not None
+  if rejects and (by_data or (online["num_samples"] or 0) <= kept):
+    refuse("config.conflict", "rejection keeps some of many scored samples",
+           "online.num_samples",
+           f"more than the {kept} kept, and online.preferred=score",
+           online["num_samples"])
+  if not rejects and online["num_samples"] not in (None, kept):
+    refuse("config.unused", "all samples are candidates without rejection",
+           "online.num_samples", "None", online["num_samples"])
+  if online["mixture"] and source is None:
+    refuse("config.missing", "a mixture needs a reference", "online.mixture",
+           "0.0, or reference.source", online["mixture"])
+  if online["extrapolation"] and source == "ema":
+    refuse("config.conflict", "one kind of moving weights at a time",
+           "online.extrapolation", "0.0", online["extrapolation"])
+  if config["proposal"]["correction"]:
+    generation = config["generation"]
+    if online["online_fraction"] < 1 or rejects or by_data:
+      refuse("config.conflict", "the law of every candidate must be known",
+             "proposal.correction", "candidates of the policy alone", True)
+    if (generation["top_k"], generation["top_p"], generation["min_p"]) != (
+        0, 1.0, 0.0) or generation["stop"]:
+      refuse("config.conflict", "truncated sampling gives some completions no "
+             "probability", "proposal.correction", "top_k=0, top_p=1, min_p=0 "
+             "and no stop texts", True)
+  return found
+
+
 def _resolve_objective(config) -> list[errors.McpoError]:
   """Fills objective, kernel and reference from what the objective needs."""
   objective = config["objective"]
@@ -570,15 +673,26 @@ def _resolve_reference(config, entry) -> list[errors.McpoError]:
   needs_reference = bool(entry.anchors) or needs_weights or (
       reads_scores and str(kernel["score"]).startswith("reward"))
   reference = config["reference"]
+  online = config["online"]["enabled"]
   if needs_reference:
     reference["source"] = reference["source"] or (
-        "resident" if needs_weights else "cached")
-    if needs_weights and reference["source"] == "cached":
+        "resident" if needs_weights or online else "cached")
+    if needs_weights and reference["source"] != "resident":
       found.append(errors.ConfigError(
           "config.conflict", f"{name} reads the reference's whole distribution",
-          where="reference.source", got="cached", want="resident"))
+          where="reference.source", got=reference["source"],
+          want="resident"))
+    if online and entry.mismatched:
+      found.append(errors.ConfigError(
+          "config.conflict", f"{name} compares with completions of other "
+          "prompts, which rounds do not carry along", where="objective.name",
+          got=name, want="another objective, or online.enabled=False"))
+    if online and has_memory(kernel):
+      found.append(errors.ConfigError(
+          "config.conflict", "a chain with a memory needs the same candidates "
+          "at every visit", where="kernel.init", want="preferred"))
   else:
-    for key in ("source", "path"):
+    for key in ("source", "path", "ema_decay"):
       if reference[key] is not None:
         found.append(errors.ConfigError(
             "config.unused", f"{name} needs no reference",

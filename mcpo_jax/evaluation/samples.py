@@ -10,6 +10,7 @@ from mcpo_jax.evaluation import statistics
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.rewards import functions
+from mcpo_jax.types import GenerationResult
 
 
 class PromptSet(NamedTuple):
@@ -65,15 +66,9 @@ def sample_and_score(
       sampling=sampling,
       seed=seed,
   )
-  each = lambda items: [item for item in items for _ in range(num_samples)]
-  scores = functions.score(
-      reward,
-      each(prompt_set.prompts),
-      [text for texts in result.text for text in texts],
-      **{name: each(column) for name, column in prompt_set.columns.items()},
-  )
+  scores = score_texts(reward, prompt_set, result)
   return ScoredSamples(
-      scores=scores.reshape(-1, num_samples),
+      scores=scores,
       text=result.text,
       lengths=result.mask.sum(-1),
       stopped=np.array(result.finish_reason) == "stop",
@@ -81,6 +76,24 @@ def sample_and_score(
       mask=result.mask,
       raw_logps=result.behaviour_raw_logps,
   )
+
+
+def score_texts(
+    reward: functions.Reward, prompt_set: PromptSet, result: GenerationResult
+) -> np.ndarray:
+  """Scores [R, N] float64 of the samples of R prompts.
+
+  Raises:
+    ServiceError: see `functions.score`.
+  """
+  num_samples = result.mask.shape[1]
+  each = lambda items: [item for item in items for _ in range(num_samples)]
+  return functions.score(
+      reward,
+      each(prompt_set.prompts),
+      [text for texts in result.text for text in texts],
+      **{name: each(column) for name, column in prompt_set.columns.items()},
+  ).reshape(-1, num_samples)
 
 
 def candidate_sets(

@@ -19,7 +19,8 @@ def open_preference_stores(
   rows = np.arange(len(data))
   entry = objective_names.find_objective(
       run.config["objective"]["name"])
-  if entry.contrast:
+  online = run.config["online"]["enabled"]  # the record's completions may tie
+  if entry.contrast and not online:
     rows = data.contrast_rows()
     if len(rows) < len(data):
       logging.info("%d rows without contrast are not used",
@@ -42,7 +43,7 @@ def open_preference_stores(
     if held is not None:
       held = (data if same else mismatched.with_mismatched(
           held[0], run.config["seed"])), held[1]
-  if options["preferred"] == "index":
+  if options["preferred"] == "index" and not online:
     for row in rows:  # a record that names none is refused before training
       packing.order_candidates(data.candidate_set(int(row)), preferred="index")
   return {"train": (data, rows)} | ({} if held is None else {"eval": held})

@@ -9,6 +9,7 @@ from mcpo_jax import commit, objective_names, user_code
 from mcpo_jax.evaluation import likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
+from mcpo_jax.stages import online as online_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import loop, metrics, setup, update
@@ -25,7 +26,11 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   model, start = setup.open_model(run, results.find_start(run))
   stores = pools.open_preference_stores(run)
   data, rows = stores["train"]
-  num_slots = max(d.max_candidates for d, _ in stores.values())
+  online = config["online"]["enabled"]
+  if online:  # what is trained on is sampled, not read
+    stores = {name: x for name, x in stores.items() if name != "train"}
+  num_slots = max([d.max_candidates for d, _ in stores.values()] + (
+      [config["online"]["num_candidates"]] if online else []))
   stage = setup.stage_of(
       config, len(rows), supervised=False, num_slots=num_slots)
   pools.check_pools(config, stores)
@@ -36,9 +41,16 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   options = {"seed": stage.seed, "num_slots": num_slots,
              "preferred": config["data"]["preferred"],
              "top_k": config["data"]["top_k"], "behaviour": stage.corrected}
-  make_batch = batch_lib.make_batch_fn(
-      data, rows, batch_size=stage.batch_size, **options)
-  compared = references.make_references(run, model, start, stores, make_batch)
+  rounds = None
+  if online:
+    rounds = online_stage.make_rounds(run, stage, model, start, data, rows)
+    make_batch = rounds.make_batch
+    compared = online_stage.make_references(run, model, start, stores)
+  else:
+    make_batch = batch_lib.make_batch_fn(
+        data, rows, batch_size=stage.batch_size, **options)
+    compared = references.make_references(
+        run, model, start, stores, make_batch)
 
   evaluate = None
   if "eval" in stores:
@@ -53,7 +65,9 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
             "own_code": own_code(stage)},
       reference=compared["train"], evaluate=evaluate,
       expect_start=config["reference"]["source"] is not None
-      and config["reference"]["path"] is None)
+      and config["reference"]["path"] is None
+      and not config["online"]["extrapolation"],
+      rounds=rounds)
   results.save_model(run, folder / "model", params, model)
   result = {"params/sha256": hf.params_sha256(params), "step": step}
   commit.write_file(done, json.dumps(result))

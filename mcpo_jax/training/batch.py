@@ -74,7 +74,32 @@ def collect(
   With `behaviour` the anchor "proposal_q" holds the records' column
   `behaviour_logps`.
   """
-  sets = [data.candidate_set(int(row)) for row in rows]
+  batch = arrange(
+      [data.candidate_set(int(row)) for row in rows], rows, visits, seed=seed,
+      num_slots=num_slots, preferred=preferred, top_k=top_k,
+      batch_size=batch_size, places=places)
+  if behaviour:
+    q = np.zeros(batch.meta.role.shape, np.float32)
+    for b, (row, slots) in enumerate(zip(rows, batch.order)):
+      q[b, :len(slots)] = behaviour_logps(data, int(row))[slots]
+    batch = batch._replace(meta=batch.meta._replace(
+        anchors={"proposal_q": q}))
+  return batch
+
+
+def arrange(
+    sets: list[types.CandidateSet],
+    rows: np.ndarray,
+    visits: np.ndarray,
+    *,
+    seed: int,
+    num_slots: int,
+    preferred: str,
+    top_k: int | None,
+    batch_size: int | None = None,
+    places: np.ndarray | None = None,
+) -> HostBatch:
+  """The HostBatch of given sets; padded with empty rows up to `batch_size`."""
   noise = [None] * len(sets)
   if preferred == "top_k":
     plain = [list(range(len(s.completions))) for s in sets]
@@ -86,11 +111,6 @@ def collect(
            for s, n in zip(sets, noise)]
   meta = packing.make_set_batch(
       sets, visits, num_slots=num_slots, order=order, rows=places)
-  if behaviour:
-    q = np.zeros(meta.role.shape, np.float32)
-    for b, (row, slots) in enumerate(zip(rows, order)):
-      q[b, :len(slots)] = behaviour_logps(data, int(row))[slots]
-    meta = meta._replace(anchors={"proposal_q": q})
   missing = (batch_size or len(sets)) - len(sets)
   if missing:
     meta = jax.tree.map(

@@ -19,6 +19,7 @@ from mcpo_jax import checkpoints, errors, faults, registry, types
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import estimator, update
 from mcpo_jax.training import metrics as metrics_lib
+from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import step as step_lib
 from mcpo_jax.training.stage import (
     NO_REFERENCE,
@@ -118,6 +119,9 @@ def train(
         [step_lib.StepFunctions, step_lib.TrainState], dict[str, float]
     ] | None = None,
     expect_start: bool = False,
+    rounds: rounds_lib.Rounds | None = None,
+    show: Callable[[int, batch_lib.HostBatch, dict[str, Any]], None]
+    = lambda step, batch, metrics: None,
 ) -> tuple[types.Params, int]:
   """Trains one stage to its last step, from wherever it stopped.
 
@@ -133,6 +137,8 @@ def train(
     evaluate: metrics on held-out data; the highest "eval/accuracy" is best.
     expect_start: the first weights are the reference's, so that
       `check_softmax_start` must pass.
+    rounds: of on-policy candidates, of which `make_batch` makes its batches.
+    show: is told of the updates that are logged, with `run_step`'s metrics.
 
   Returns:
     the weights, the best if `when.keep_best`, and the updates behind them.
@@ -144,14 +150,17 @@ def train(
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
   try:
     return _train(stage, model, make_batch, start, folder, writer, when,
-                  functions, keeper, meta, reference, evaluate, expect_start)
+                  functions, keeper, meta, reference, evaluate, expect_start,
+                  rounds, show)
   finally:
+    if rounds is not None:
+      rounds.close()
     keeper.close()  # also commits a save that was under way at an error
 
 
 def _train(
     stage, model, make_batch, start, folder, writer, when, functions, keeper,
-    meta, reference, evaluate, expect_start,
+    meta, reference, evaluate, expect_start, rounds, show,
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
@@ -177,6 +186,10 @@ def _train(
   clock, tokens = time.perf_counter(), 0
   stop = step >= stage.num_steps or _patience_over(best, when)
   while not stop:
+    if rounds is not None:
+      state, values = rounds.advance(step, state)
+      if values:
+        writer.write(stage.name, step + 1, values)
     batch = make_batch(step)
     faults.point("step.before")
     if stage.refresh > 1 and step % stage.refresh == 0:
@@ -203,6 +216,7 @@ def _train(
       row["perf/tokens_per_sec"] = tokens / (time.perf_counter() - clock)
       row["epoch"] = float(batch.meta.visit.max())
       writer.write(stage.name, step, row)
+      show(step, batch, metrics)
       if bar.disable:
         logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
                      metrics_lib.one_line(row))
@@ -223,6 +237,8 @@ def _train(
       clock, tokens = time.perf_counter(), 0
     stop = last or _patience_over(best, when)
     if step % when.save_every == 0 or stop or (better and when.keep_best):
+      if rounds is not None:
+        rounds.settle()
       keeper.save(step, state, meta | {"best": best})
       keeper.protect(best["step"] if when.keep_best else None)
   bar.close()

@@ -405,4 +405,7 @@ def stage_of(
       refresh=stage_lib.refresh_steps(
           config["kernel"]["refresh"], num_examples, config["batch_size"]),
       corrected=config["proposal"]["correction"],
-      num_examples=num_examples, num_slots=num_slots)
+      num_examples=num_examples, num_slots=num_slots,
+      moving=config["online"]["enabled"] and (
+          config["reference"]["source"] == "ema"
+          or config["online"]["extrapolation"] > 0))

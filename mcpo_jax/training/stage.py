@@ -109,6 +109,7 @@ class Stage(NamedTuple):
   corrected: bool = False  # log mu - log q on every candidate
   num_examples: int = 0  # of the training data, for what remembers them
   num_slots: int = 0  # of a batch
+  moving: bool = False  # whether the state carries moving weights
 
   @property
   def scores_pool(self) -> bool:
@@ -187,7 +188,7 @@ def make_functions(
       tx, schedule, num_steps=stage.num_steps, refresh=stage.refresh,
       batch_size=stage.batch_size, num_examples=stage.num_examples,
       num_slots=stage.num_slots, beta=first_setting(stage, "beta", 1.0),
-      param_shapes=model.param_shapes,
+      param_shapes=model.param_shapes, moving=stage.moving,
       replicated=sharding.replicated(model.mesh))
 
 

@@ -109,6 +109,8 @@ class TrainState(NamedTuple):
   objective_state: Any
   draws: Draws | tuple[()]  # () where every step draws anew
   memory: Memory | tuple[()]  # () where chains begin anew
+  # Weights that follow the policy's at a distance; () where nothing needs them.
+  moving: types.Params | tuple[()] = ()
 
 
 class Inputs(NamedTuple):
@@ -222,6 +224,7 @@ def make_step_functions(
     num_slots: int,
     beta: float,
     param_shapes: types.Params,
+    moving: bool,
     replicated: jax.sharding.Sharding,
 ) -> StepFunctions:
   """Builds the jitted functions of one training run.
@@ -243,6 +246,7 @@ def make_step_functions(
     num_slots: K.
     beta: of the implicit reward, for kernel scores.
     param_shapes: tree of ShapeDtypeStruct with shardings, of the policy.
+    moving: whether the state carries moving weights, at first the policy's.
     replicated: sharding of everything that has no token axis.
   """
   whole = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
@@ -283,7 +287,8 @@ def make_step_functions(
           sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes))),
       objective_state=on_all(jax.eval_shape(objective.init_state)),
       draws=draws,
-      memory=memory)
+      memory=memory,
+      moving=param_shapes if moving else ())
   accumulator_shardings = Accumulator(
       whole(param_shapes), replicated, replicated)
 
@@ -301,7 +306,8 @@ def make_step_functions(
         objective_state=jax.jit(
             objective.init_state, out_shardings=replicated)(),
         draws=zeros(draws),
-        memory=zeros(memory))
+        memory=zeros(memory),
+        moving=jax.tree.map(jnp.copy, params) if moving else ())
 
   def score_chunk(params, streams, sets):
     return sequence_logps(params, streams, *sets.role.shape)
@@ -347,6 +353,8 @@ def make_step_functions(
         getattr(info, name), sets.candidate_mask[:, 0]) for name in info_names}
     if kernel.temperature is not None:
       seen["kernel/temperature"] = jnp.asarray(temperature, jnp.float32)
+    if refresh == 1:
+      seen["kernel/log_weights"] = info.log_weights
     if objective.mismatched:
       drawn = _take_mismatched(drawn, sets)
     return drawn, sets, memory, seen
@@ -440,7 +448,8 @@ def make_step_functions(
         opt_state=opt_state,
         objective_state=inputs.objective_state,
         draws=state.draws,
-        memory=memory)
+        memory=memory,
+        moving=state.moving)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
 
     # Statistics of comparisons leave out sets whose chains drew no negative.

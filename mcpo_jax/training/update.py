@@ -31,7 +31,9 @@ def run_step(
 ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
   """One update on one batch: score, draw, pack, gradient, apply.
 
-  Where a draw lasts several steps it was made by `draw_window`.
+  Where a draw lasts several steps it was made by `draw_window`. Beside scalars
+  the metrics hold what was seen of the pool: `kernel/selected` and its mask
+  [B, M], and where they are known `kernel/log_weights` and `logps` [B, K].
   """
   batch = with_anchors(batch, stage, reference)
   sets = model.put_replicated(batch.meta)
@@ -78,7 +80,11 @@ def run_step(
           cotangent)
   state, metrics = functions.update(state, total, inputs, memory)
   used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
+  if values is not None and not stage.entry.terms:
+    metrics["logps"] = values.logps
   return state, metrics | info | {
+      "kernel/selected": drawn.selected,
+      "kernel/selected_mask": drawn.selected_mask,
       "tokens": used, "perf/pad_fraction": packing.pad_fraction(pool + chunks)}
 
 

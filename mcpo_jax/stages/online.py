@@ -1,0 +1,378 @@
+"""On-policy candidates of the preference stage: sampled, scored, compared."""
+
+import json
+import math
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mcpo_jax import errors, registry
+from mcpo_jax.data import batches, packing
+from mcpo_jax.data import store as store_lib
+from mcpo_jax.evaluation import samples
+from mcpo_jax.rewards import functions
+from mcpo_jax.stages import references, sampling
+from mcpo_jax.training import alarms, candidates, reference, setup
+from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import rounds as rounds_lib
+from mcpo_jax.training import stage as stage_lib
+from mcpo_jax.training.candidates import Candidate
+
+
+def plan_of(config: dict[str, Any], num_steps: int) -> rounds_lib.Plan:
+  """The rounds of a config whose preference stage takes `num_steps`."""
+  online, source = config["online"], config["reference"]["source"]
+  steps = (online["prompts_per_round"] * online["epochs_per_round"]
+           // config["batch_size"])
+  return rounds_lib.Plan(
+      num_prompts=online["prompts_per_round"], num_steps=steps,
+      num_rounds=math.ceil(num_steps / steps), lag=online["policy_lag"],
+      replay=online["replay_rounds"],
+      ema_decay=(config["reference"]["ema_decay"] if source == "ema"
+                 else None),
+      extrapolation=online["extrapolation"])
+
+
+def num_drawn(options: dict[str, Any]) -> int:
+  """Samples of a prompt that enter its set, of the config's group online."""
+  if options["preferred"] == "data":
+    return options["num_candidates"] - 1
+  return max(1, round(options["num_candidates"] * options["online_fraction"]))
+
+
+def make_rounds(
+    run: setup.Run,
+    stage: stage_lib.Stage,
+    model: stage_lib.Model,
+    start,
+    data: store_lib.Store,
+    rows: np.ndarray,
+) -> rounds_lib.Rounds:
+  """The rounds of a run: what `training.loop.train` takes its batches from.
+
+  Args:
+    run, stage, model: settings.
+    start: () -> the first weights.
+    data: whose prompts are sampled for.
+    rows: of the prompts to train on.
+
+  Raises:
+    DataError: data.too_small, a round has more prompts than there are.
+  """
+  config = run.config
+  plan = plan_of(config, stage.num_steps)
+  if len(rows) < plan.num_prompts:
+    raise errors.DataError(
+        "data.too_small", "a round samples different prompts", got=len(rows),
+        where="data.path", want=f"at least {plan.num_prompts}",
+        hint="lower online.prompts_per_round")
+  fill = Filler(run, stage, model, start, data, rows, plan)
+  index_of = {int(row): i for i, row in enumerate(rows)}
+  preferred = config["data"]["preferred"]
+  if config["online"]["preferred"] == "data":
+    preferred = "index"
+
+  def arrange(sets, rows, visits):
+    return batch_lib.arrange(
+        sets, rows, visits, seed=stage.seed, num_slots=stage.num_slots,
+        preferred=preferred, top_k=config["data"]["top_k"],
+        places=np.array([index_of[int(row)] for row in rows]))
+
+  limits = alarms.Limits(**{
+      name: config["online"][name] for name in alarms.Limits._fields})
+
+  def check(step, pool):
+    history = read_metrics(run)
+    rounds = [row for row in history if "candidates/score" in row]
+    updates = [row for row in history
+               if "loss" in row and row["step"] > step - plan.num_steps]
+    alarms.tell(
+        alarms.find_alarms([*rounds, pool.metrics], updates, limits),
+        step=step, stop=config["online"]["alarm"] == "stop")
+
+  return rounds_lib.Rounds(
+      plan, run.workdir / "preference" / "rounds", fill,
+      batch_size=stage.batch_size, seed=stage.seed, arrange=arrange,
+      check=check)
+
+
+def read_metrics(run: setup.Run) -> list[dict[str, Any]]:
+  """The rows of the preference stage that were written so far."""
+  path = run.workdir / "metrics.jsonl"
+  lines = path.read_text().splitlines() if path.exists() else []
+  return [row for row in map(json.loads, lines)
+          if row["stage"] == "preference"]
+
+
+class Filler:
+  """Makes the pool of a round; `rounds.Fill`."""
+
+  def __init__(self, run, stage, model, start, data, rows, plan):
+    """Loads the reward, the judge and, where it is fixed, the reference."""
+    config = run.config
+    self._options, self._stage, self._model = config["online"], stage, model
+    self._config, self._data, self._rows = config, data, rows
+    self._plan = plan
+    self._reward = sampling.load_reward(config)
+    self._judge = None
+    if self._options["judge"] is not None:
+      self._judge = sampling.load_reward(config | {
+          "reward": config["reward"] | {"name": self._options["judge"]}})
+    self._source = config["reference"]["source"]
+    self._fixed = None
+    if self._source == "resident":
+      self._fixed, self._reference_model = references.reference_params(
+          run, model, start)
+    else:
+      self._reference_model = model
+    self._service = sampling.make_service(run, model, start())
+    self._score = {}  # architecture -> compiled scorer
+
+  def __call__(
+      self, number: int, weights: rounds_lib.Weights, step: int
+  ) -> rounds_lib.Pool:
+    """Samples, scores and compares the candidates of one round."""
+    began = time.perf_counter()
+    picked, _ = batches.example_indices(
+        number, batch_size=self._plan.num_prompts,
+        num_examples=len(self._rows), seed=self._stage.seed)
+    rows = self._rows[picked]
+    prompts = sampling.prompt_set(self._data, rows)
+    sampled = self._sample(number, prompts, weights, step)
+    seconds = time.perf_counter() - began
+    tokens = int(sampled.mask.sum())
+
+    reward, judge = (
+        self._score_texts(fn, prompts, sampled)
+        for fn in (self._reward, self._judge))
+    drawn = [
+        self._candidates(number, i, sampled, reward)
+        for i in range(len(rows))]
+    sets = [self._pool_set(number, int(row), prompt, own, step)
+            for row, prompt, own in zip(rows, prompts.prompts, drawn)]
+    sets, gap = self._with_anchors(sets, drawn, weights)
+    metrics = round_metrics(sets, drawn, num_samples=sampled.mask.shape[1])
+    if judge is not None:
+      means = judge.mean(axis=1)
+      metrics |= {"judge/mean": float(means.mean()),
+                  "judge/sem": float(means.std() / math.sqrt(len(means)))}
+    metrics |= gap | {
+        "online/round": number, "online/policy_step": step,
+        "generate/tokens": tokens, "generate/seconds": seconds,
+        "generate/tokens_per_sec": tokens / seconds}
+    logging.info(
+        "round %d: %d prompts, %d tokens in %.1f s, score %.4g, %.0f %% tied",
+        number, len(rows), tokens, seconds, metrics["candidates/score"],
+        100 * metrics["candidates/tied_share"])
+    return rounds_lib.Pool(sets, step, metrics)
+
+  def _reference(self, weights):
+    """The reference's weights in this round."""
+    return {"resident": self._fixed, "ema": weights.moving}.get(
+        self._source, weights.policy)
+
+  def _sample(self, number, prompts, weights, step):
+    share = self._options["mixture"]
+    models = weights.policy
+    if share:
+      models = ((weights.policy, 1.0 - share),
+                (self._reference(weights), share))
+    self._service.update(models, step)
+    return self._service.generate(
+        prompts.tokens, prompt_ids=prompts.prompt_ids,
+        num_samples=self._options["num_samples"] or num_drawn(self._options),
+        sampling=sampling.law(self._config),
+        seed=round_seed(self._stage.seed, number), require_version=step)
+
+  def _score_texts(self, reward, prompts, sampled):
+    """[R, N] float64, or None without a reward."""
+    if reward is None:
+      return None
+    return samples.score_texts(reward, prompts, sampled)
+
+  def _candidates(self, number, i, sampled, scores) -> list[Candidate]:
+    """The samples of prompt i that enter its set, and those of its record."""
+    first = candidates.IDS_PER_ROUND * (number + 1)
+    own = []
+    for n, mask in enumerate(sampled.mask[i]):
+      own.append(Candidate(
+          tokens=sampled.tokens[i, n][mask], mask=np.ones(mask.sum(), bool),
+          text=sampled.text[i][n], candidate_id=first + n,
+          score=float("nan") if scores is None else float(scores[i, n]),
+          source="policy", finish_reason=sampled.finish_reason[i][n],
+          behaviour_logp=float(sampled.behaviour_logps[i, n][mask].sum()),
+          raw_logps=sampled.behaviour_raw_logps[i, n][mask]))
+    return own
+
+  def _pool_set(self, number, row, prompt, own, step):
+    options = self._options
+    record = self._data.candidate_set(row)
+    rng = np.random.default_rng(
+        [self._stage.seed, number, *map(int, record.example_id)])
+    own = [c for c in own if c.text.strip()]
+    drawn = num_drawn(options)
+    if options["rejection_beta"] is not None:
+      own = [own[i] for i in candidates.reject(
+          np.array([c.score for c in own]), min(drawn, len(own)),
+          beta=options["rejection_beta"], rng=rng)]
+    preferred = -1
+    if options["preferred"] == "data":
+      best = packing.order_candidates(
+          record, preferred=self._config["data"]["preferred"])[0][0]
+      own = [*self._of_record(row, record, [best]),
+             *(c._replace(score=float("nan")) for c in own)]
+      own[0] = own[0]._replace(score=float("nan"))
+      preferred = 0
+    elif drawn < options["num_candidates"]:
+      count = min(options["num_candidates"] - drawn, len(record.completions))
+      chosen = np.sort(rng.permutation(len(record.completions))[:count])
+      own += self._of_record(row, record, chosen)
+    return candidates.pool_set(
+        record, own, row=row, prompt=prompt, policy_step=step,
+        preferred=preferred)
+
+  def _of_record(self, row, record, chosen) -> list[Candidate]:
+    """Completions of the record, scored by the reward of this run: scores of
+    two sources are not compared."""
+    columns = self._data.columns(row)
+    texts = [columns["completions"][record.candidate_ids[k]] for k in chosen]
+    scores = np.full(len(texts), np.nan)
+    if self._options["preferred"] != "data":
+      prompts = sampling.prompt_set(self._data, np.full(len(texts), row))
+      scores = functions.score(
+          self._reward, prompts.prompts, texts, **prompts.columns)
+    return [
+        Candidate(tokens=record.completions[k],
+                  mask=record.completion_masks[k], text=text,
+                  candidate_id=int(record.candidate_ids[k]),
+                  score=float(score), source="data")
+        for k, text, score in zip(chosen, texts, scores)]
+
+  def _with_anchors(self, sets, drawn, weights):
+    """The sets with all anchors that the run reads, and the largest gap
+    between the log-probs of sampler and trainer."""
+    stage, gap = self._stage, {}
+    names = {}
+    if self._source is not None:
+      names["ref"] = self._reference(weights), self._reference_model
+    if "prev" in stage.entry.anchors:
+      names["prev"] = weights.policy, self._model
+    for name, (params, model) in names.items():
+      logps = self._logps(model, params, [s.candidates for s in sets])[1]
+      sets = [one._replace(anchors=one.anchors | {name: own})
+              for one, own in zip(sets, logps)]
+    if stage.corrected:
+      sets = [one._replace(anchors=one.anchors | {
+          "proposal_mu": one.anchors["ref"],
+          "proposal_q": one.candidates.behaviour_logps}) for one in sets]
+    some = sets[:stage.batch_size]
+    tokens = self._logps(
+        self._model, weights.policy, [s.candidates for s in some])[0]
+    raw = {(i, c.candidate_id): c.raw_logps
+           for i, own in enumerate(drawn[:len(some)]) for c in own}
+    gaps = [np.abs(raw[i, int(k)] - logps)
+            for i, (one, own) in enumerate(zip(some, tokens))
+            for k, source, logps in zip(
+                one.candidates.candidate_ids, one.sources, own)
+            if source == "policy"]
+    if gaps:
+      gaps = np.concatenate(gaps)
+      gap = {"generate/logp_gap": float(gaps.max()),
+             "generate/logp_gap_mean": float(gaps.mean())}
+    return sets, gap
+
+  def _logps(self, model, params, sets):
+    """Per set its candidates' log-probs: per token, and summed [K]."""
+    if model.config not in self._score:
+      self._score[model.config] = jax.jit(model.token_logps)
+    score = self._score[model.config]
+    tokens, sums, starts = reference.score_sets(
+        sets, lambda chunk: np.asarray(score(params, model.put(chunk))),
+        model.pack)
+    if not np.isfinite(sums).all():
+      raise errors.NonFiniteError(
+          "model.non_finite", "a log-prob of a candidate is not finite",
+          where="online round")
+    per_token = []
+    for one, (_, begin) in zip(sets, starts):
+      ends = begin + np.cumsum([0, *(len(c) for c in one.completions)])
+      per_token.append([tokens[a:b] for a, b in zip(ends, ends[1:])])
+    return per_token, [sums[a:b] for a, b in zip(
+        starts[:-1, 0], starts[1:, 0])]
+
+
+def round_seed(seed: int, number: int) -> int:
+  """Of the noise of a round's samples: the same prompt is drawn anew."""
+  return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def round_metrics(
+    sets: list[rounds_lib.PoolSet],
+    drawn: list[list[Candidate]],
+    *,
+    num_samples: int,
+) -> dict[str, float]:
+  """What a round is like.
+
+  Args:
+    sets: as trained on.
+    drawn: the samples of each prompt, before any was dropped or merged.
+    num_samples: of a prompt.
+
+  Returns:
+    `candidates/*`: `score` and `score_best` of samples (NaN without a reward),
+    `tied_share` of sets without a better candidate, `unique_share` of samples
+    after merging, `empty_share`, `cut_share` of samples that ended at the
+    longest length, `length` in tokens, `repetition` of trigrams; and
+    `objective/kl`, the mean log ratio of the samples to the reference, where
+    there is one.
+  """
+  each = [c for own in drawn for c in own]
+  scores = np.array([[c.score for c in own] for own in drawn])
+  mean = lambda values: float(np.mean(values)) if len(values) else 0.0
+  ratios = [
+      np.repeat(one.candidates.behaviour_raw_logps - one.anchors["ref"],
+                one.candidates.multiplicity)[
+                    np.repeat(one.sources, one.candidates.multiplicity)
+                    == "policy"]
+      for one in sets if "ref" in one.anchors]
+  kl = {"objective/kl": mean(np.concatenate(ratios))} if ratios else {}
+  return kl | {
+      "candidates/score": mean(scores),
+      "candidates/score_best": mean(scores.max(axis=1)),
+      "candidates/tied_share": mean([not s.has_contrast for s in sets]),
+      "candidates/unique_share": mean([
+          len({c.tokens.tobytes() for c in own}) / num_samples
+          for own in drawn]),
+      "candidates/empty_share": mean([not c.text.strip() for c in each]),
+      "candidates/cut_share": mean(
+          [c.finish_reason == "length" for c in each]),
+      "candidates/length": mean([len(c.tokens) for c in each]),
+      "candidates/repetition": mean(
+          [candidates.repetition(c.tokens) for c in each]),
+  }
+
+
+def make_references(
+    run: setup.Run, model: stage_lib.Model, start, stores
+) -> dict[str, stage_lib.Reference]:
+  """For "train" the weights that some objectives read whole; candidates bring
+  their anchors along. For "eval", whose sets are fixed, what the policy is
+  compared with at the end: the start, or the weights of reference.path."""
+  compared = dict.fromkeys(("train", "eval"), stage_lib.NO_REFERENCE)
+  if run.config["reference"]["source"] is None:
+    return compared
+  entry = stage_lib.objective_names.find_objective(
+      run.config["objective"]["name"])
+  if registry.REFERENCE_TERMS & set(entry.terms):
+    params, other = references.reference_params(run, model, start)
+    resident = references.host_sequence_logps(other, params)
+    return {"train": stage_lib.Reference(None, params, other.config),
+            "eval": stage_lib.Reference(resident, params, other.config)}
+  if "eval" in stores:
+    cache = references.open_reference(run, model, start, stores["eval"][0])
+    compared["eval"] = stage_lib.Reference(cache.anchor)
+  return compared

@@ -1,0 +1,123 @@
+"""From samples of one prompt to its candidate set."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mcpo_jax import types
+from mcpo_jax.training.rounds import PoolSet
+
+# Ids of sampled candidates begin here in round 0 and move on by as much every
+# round; those of a record are its places, far below.
+IDS_PER_ROUND = 1 << 12
+
+
+class Candidate(NamedTuple):
+  """One completion of a prompt, sampled or of the record."""
+
+  tokens: np.ndarray  # [C] int32, the stop token included if there is one
+  mask: np.ndarray  # [C] bool, True = scored
+  text: str
+  candidate_id: int
+  score: float  # NaN where nobody gave one
+  source: str  # "policy" or "data"
+  finish_reason: str | None = None  # None: of the record
+  behaviour_logp: float = float("nan")  # nats, of the law it was drawn from
+  raw_logps: np.ndarray | None = None  # [C] nats, of the raw policy
+
+
+def reject(
+    scores: np.ndarray, keep: int, *, beta: float, rng: np.random.Generator
+) -> list[int]:
+  """Statistical rejection sampling: which candidates stand for samples of the
+  policy that is optimal for the reward.
+
+  In passes over those not accepted yet, candidate i is accepted with
+  probability exp((score_i - best) / beta), best being the highest score among
+  them, until `keep` are. A pass always accepts its best.
+
+  Args:
+    scores: [N].
+    keep: how many to accept, at most N.
+    beta: > 0; towards 0 only the best are accepted, large: all alike.
+    rng: of the decisions.
+
+  Returns:
+    `keep` indices in the order of acceptance.
+
+  References:
+    Liu et al. 2023, https://arxiv.org/abs/2309.06657, algorithm 1.
+  """
+  left, accepted = list(range(len(scores))), []
+  while len(accepted) < keep:
+    best = max(scores[i] for i in left)
+    for i in list(left):
+      if len(accepted) < keep and (
+          rng.random() < np.exp((scores[i] - best) / beta)):
+        accepted.append(i)
+        left.remove(i)
+  return accepted
+
+
+def merge(
+    candidates: list[Candidate],
+) -> tuple[list[Candidate], np.ndarray]:
+  """Candidates of the same ids as one, the first of them.
+
+  Returns:
+    the K different ones in their order, and [K] int32 how often each came.
+  """
+  kept: dict[bytes, Candidate] = {}
+  counts: dict[bytes, int] = {}
+  for one in candidates:
+    key = one.tokens.astype(np.int32).tobytes()
+    kept.setdefault(key, one)
+    counts[key] = counts.get(key, 0) + 1
+  return list(kept.values()), np.array(list(counts.values()), np.int32)
+
+
+def pool_set(
+    record: types.CandidateSet,
+    candidates: list[Candidate],
+    *,
+    row: int,
+    prompt: Any,
+    policy_step: int,
+    preferred: int = -1,
+) -> PoolSet:
+  """The set of one prompt, without anchors.
+
+  Args:
+    record: the prompt's own set, for its ids.
+    candidates: in the order of their slots, none empty.
+    row: of the record, in the data.
+    prompt: text or messages.
+    policy_step: updates behind the weights that sampled.
+    preferred: index that is preferred whatever the scores, -1: they decide.
+
+  Returns:
+    PoolSet; identical candidates are one with a multiplicity.
+  """
+  kept, multiplicity = merge(candidates)
+  array = lambda values, dtype: np.array(values, dtype)
+  return PoolSet(
+      row=row, prompt=prompt, texts=[c.text for c in kept],
+      sources=[c.source for c in kept],
+      finish_reasons=[c.finish_reason for c in kept], anchors={},
+      candidates=record._replace(
+          completions=[c.tokens for c in kept],
+          completion_masks=[c.mask for c in kept],
+          candidate_ids=array([c.candidate_id for c in kept], np.uint32),
+          multiplicity=multiplicity,
+          scores=array([c.score for c in kept], np.float32),
+          preferred=preferred, policy_step=policy_step,
+          behaviour_logps=array([c.behaviour_logp for c in kept], np.float32),
+          behaviour_raw_logps=array(
+              [np.nan if c.raw_logps is None else c.raw_logps.sum()
+               for c in kept], np.float32)))
+
+
+def repetition(tokens: np.ndarray) -> float:
+  """Share of a completion's trigrams of ids that stood in it before."""
+  grams = list(zip(tokens[:-2], tokens[1:-1], tokens[2:]))
+  return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
