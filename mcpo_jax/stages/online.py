@@ -129,6 +129,7 @@ class Filler:
     else:
       self._reference_model = model
     self._service = sampling.make_service(run, model, start())
+    self._decode = run.tokenizer.hf.decode
     self._score = {}  # architecture -> compiled scorer
 
   def __call__(
@@ -136,10 +137,9 @@ class Filler:
   ) -> rounds_lib.Pool:
     """Samples, scores and compares the candidates of one round."""
     began = time.perf_counter()
-    picked, _ = batches.example_indices(
-        number, batch_size=self._plan.num_prompts,
-        num_examples=len(self._rows), seed=self._stage.seed)
-    rows = self._rows[picked]
+    rows = self._rows[prompts_of_round(
+        number, self._plan.num_prompts, len(self._rows),
+        seed=self._stage.seed)]
     prompts = sampling.prompt_set(self._data, rows)
     sampled = self._sample(number, prompts, weights, step)
     seconds = time.perf_counter() - began
@@ -237,8 +237,8 @@ class Filler:
   def _of_record(self, row, record, chosen) -> list[Candidate]:
     """Completions of the record, scored by the reward of this run: scores of
     two sources are not compared."""
-    columns = self._data.columns(row)
-    texts = [columns["completions"][record.candidate_ids[k]] for k in chosen]
+    texts = [self._decode(record.completions[k].tolist(),
+                          skip_special_tokens=True) for k in chosen]
     scores = np.full(len(texts), np.nan)
     if self._options["preferred"] != "data":
       prompts = sampling.prompt_set(self._data, np.full(len(texts), row))
@@ -302,6 +302,18 @@ class Filler:
       per_token.append([tokens[a:b] for a, b in zip(ends, ends[1:])])
     return per_token, [sums[a:b] for a, b in zip(
         starts[:-1, 0], starts[1:, 0])]
+
+
+def prompts_of_round(
+    number: int, num_prompts: int, num_examples: int, *, seed: int
+) -> np.ndarray:
+  """[num_prompts] different examples. Rounds walk through a permutation of all
+  and then through another one; what is left of one is less than a round."""
+  epoch, place = divmod(number, num_examples // num_prompts)
+  picked, _ = batches.example_indices(
+      place, batch_size=num_prompts, num_examples=num_examples,
+      seed=seed + epoch)
+  return picked
 
 
 def round_seed(seed: int, number: int) -> int:
