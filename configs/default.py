@@ -130,8 +130,8 @@ def get_config() -> ml_collections.ConfigDict:
   # is trained here does see their text).
   data.eval_fraction = 0.0
   # Layout of path: "native", "pairs", "nectar", "ultrafeedback",
-  # "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens" or "auto"
-  # (each row by its columns).
+  # "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens", "prompts"
+  # (alone, for samples) or "auto" (each row by its columns).
   data.format = "auto"
   # Layout of eval_path, likewise.
   data.eval_format = "auto"
@@ -333,6 +333,30 @@ def get_config() -> ml_collections.ConfigDict:
   generation.max_new_tokens = config_dict.placeholder(int)
   # Samples per prompt.
   generation.num_samples = 1
+  # Devices, the last ones, that sample for online rounds and nothing else; the
+  # mesh is made of the others. None: the mesh samples too.
+  generation.num_devices = config_dict.placeholder(int)
+  # Shards of heads and feed-forward width on devices of its own.
+  generation.tensor = 1
+
+  # --- Generate: the verb that writes candidates to JSON Lines ----------------
+  generate = config.generate = ml_collections.ConfigDict()
+  # Prompts to sample for, named as in data.path; completions that the records
+  # have are not used. None: data.path.
+  generate.data_path = config_dict.placeholder(str)
+  # Layout of data_path, as data.format; also "prompts": `prompt` alone.
+  generate.data_format = "auto"
+  # generation.num_samples candidates of every prompt are drawn at each of
+  # these. Empty: at generation.temperature.
+  generate.temperatures = ()
+  # Prompts that are sampled, scored and committed together: what a killed run
+  # does again at most.
+  generate.prompts_per_shard = 64
+  # Processes that share the prompts, each with a workdir of its own; the files
+  # of all parts, one after the other, are the file of one process.
+  generate.num_parts = 1
+  # Which of the parts this process makes, from 0.
+  generate.part = 0
 
   # --- Reward: scores sampled texts -------------------------------------------
   reward = config.reward = ml_collections.ConfigDict()

@@ -44,13 +44,14 @@ def law(config: dict[str, Any]) -> Sampling:
 
 
 def make_service(
-    run: setup.Run, model: stage_lib.Model, params
+    run: setup.Run, model: stage_lib.Model, params, mesh=None
 ) -> service_lib.GenerationService:
-  """The sampler of this run's architecture and tokenizer."""
+  """The sampler of this run's architecture and tokenizer, on the mesh that
+  trains or on another one."""
   length = (run.config["generation"]["max_new_tokens"]
             or run.config["data"]["max_completion_length"])
   return service_lib.GenerationService(
       model.config, params, 0, max_completion_length=length,
       stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
       tokenizer=run.tokenizer.hf, vocab_size=run.tokenizer.vocab_size,
-      compute_dtype=model.compute_dtype, mesh=run.mesh)
+      compute_dtype=model.compute_dtype, mesh=mesh or run.mesh)
