@@ -401,7 +401,7 @@ def get_config() -> ml_collections.ConfigDict:
   # A second reward that is only watched, by a name as reward.name.
   # None: there is none.
   online.judge = config_dict.placeholder(str)
-  # On an alarm "warn" or "stop". The limits follow; None: no such alarm.
+  # On an alarm "warn" or "stop". The limits follow.
   online.alarm = "warn"
   # Nats from the reference, of a sample.
   online.max_kl = 50.0

@@ -28,7 +28,8 @@ CONFIG_VERSION = 1
 STAGES = ("sft", "preference", "evaluate", "export")
 
 FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
-           "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens")
+           "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens",
+           "prompts")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 _ANY = Setting()  # text, or checked elsewhere
@@ -149,6 +150,8 @@ KEYS: dict[str, Setting] = {
     "generation.max_new_tokens": _or_none(_COUNT),
     "generation.stop": _ANY,
     "generation.num_samples": _COUNT,
+    "generation.num_devices": _or_none(_COUNT),
+    "generation.tensor": _COUNT,
     "reward.name": _or_none(),
     "reward.patterns_path": _or_none(),
     "online.enabled": _FLAG,
@@ -165,12 +168,18 @@ KEYS: dict[str, Setting] = {
     "online.rejection_beta": _or_none(_POSITIVE),
     "online.judge": _or_none(),
     "online.alarm": Setting(choices=("warn", "stop")),
-    "online.max_kl": _or_none(_POSITIVE),
-    "online.max_chosen_drop": _or_none(Setting(low=0.0)),
-    "online.max_length_ratio": _or_none(Setting(low=1.0)),
-    "online.max_tied_share": _or_none(Setting(low=0.0, high=1.0)),
-    "online.max_repetition": _or_none(Setting(low=0.0, high=1.0)),
-    "online.max_logp_gap": _or_none(_POSITIVE),
+    "online.max_kl": _POSITIVE,
+    "online.max_chosen_drop": Setting(low=0.0),
+    "online.max_length_ratio": Setting(low=1.0),
+    "online.max_tied_share": Setting(low=0.0, high=1.0),
+    "online.max_repetition": Setting(low=0.0, high=1.0),
+    "online.max_logp_gap": _POSITIVE,
+    "generate.data_path": _or_none(),
+    "generate.data_format": _FORMAT,
+    "generate.temperatures": _ANY,
+    "generate.prompts_per_shard": _COUNT,
+    "generate.num_parts": _COUNT,
+    "generate.part": Setting(low=0),
     "evaluation.every_steps": _COUNT,
     "evaluation.num_prompts": _or_none(_COUNT),
     "evaluation.num_display": _COUNT,
@@ -338,6 +347,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _resolve_objective(config)
   found += _check_online(config)
   if not found:  # these calculate with the values
+    found += _check_generate(config)
     found += _check_lengths(config)
   _raise_all(found)
   if config["model"]["param_dtype"] == "bfloat16":
@@ -430,7 +440,8 @@ def _check_texts(config) -> list[errors.McpoError]:
   found, sources = [], []
   for key, text in (("data.path", data["path"]),
                     ("data.eval_path", data["eval_path"]),
-                    ("sft.data_path", config["sft"]["data_path"])):
+                    ("sft.data_path", config["sft"]["data_path"]),
+                    ("generate.data_path", config["generate"]["data_path"])):
     try:
       sources += parse_sources(text) if text else []
     except errors.ConfigError as e:
@@ -558,6 +569,43 @@ def _check_online(config) -> list[errors.McpoError]:
       refuse("config.conflict", "truncated sampling gives some completions no "
              "probability", "proposal.correction", "top_k=0, top_p=1, min_p=0 "
              "and no stop texts", True)
+  return found
+
+
+def _check_generate(config) -> list[errors.McpoError]:
+  """The verb generate; fills where its prompts are and the temperatures."""
+  group, found = config["generate"], []
+  if group["data_path"] is None:
+    group["data_path"] = config["data"]["path"]
+    if group["data_format"] == "auto":
+      group["data_format"] = config["data"]["format"]
+    else:
+      found.append(errors.ConfigError(
+          "config.unused", "generate.data_path is not given",
+          where="generate.data_format", got=group["data_format"],
+          want="auto"))
+  if group["data_format"] == "tokens":
+    found.append(errors.ConfigError(
+        "config.conflict", "records are text, and prompts given as ids have "
+        "none", where="generate.data_format", got="tokens",
+        want="a layout with text"))
+  texts = group["temperatures"] or (config["generation"]["temperature"],)
+  try:
+    group["temperatures"] = tuple(map(float, texts))
+  except (TypeError, ValueError):
+    group["temperatures"] = ()
+  setting = KEYS["generation.temperature"]
+  wrong = [e for value in group["temperatures"] for e in _check(
+      "generate.temperatures", value, setting)]
+  if len(set(group["temperatures"])) != len(texts):  # no number, or one twice
+    wrong.append(errors.ConfigError(
+        "config.range", "temperatures are different numbers",
+        where="generate.temperatures", got=texts, want="such as 0.7,1.0"))
+  found += wrong
+  if not group["part"] < group["num_parts"]:
+    found.append(errors.ConfigError(
+        "config.range", "parts are counted from 0", where="generate.part",
+        got=group["part"], want=f"below num_parts = {group['num_parts']}"))
   return found
 
 
@@ -759,8 +807,15 @@ def _check_lengths(config) -> list[errors.McpoError]:
         "config.length", "max_prompt_length + max_completion_length must fit "
         "into one stream", where="data.stream_length",
         got=data["stream_length"], want=f">= {total}"))
+  generation = config["generation"]
+  own = generation["num_devices"] or 1
+  if own % generation["tensor"]:
+    found.append(errors.ConfigError(
+        "config.divisible", "the sampler's own devices are split by tensor",
+        where="generation.tensor", got=generation["tensor"],
+        want=f"a divisor of generation.num_devices = {own}"))
   longest = max(total, data["max_prompt_length"] + (
-      config["generation"]["max_new_tokens"] or 0))
+      generation["max_new_tokens"] or 0))
   if not model["path"] and longest > model["max_position_embeddings"]:
     found.append(errors.ConfigError(
         "config.length", "a longest prompt with a longest completion or sample "

@@ -312,7 +312,7 @@ def test_each_alarm_has_a_name_and_a_cause(name, now, updates):
   with pytest.raises(errors.ServiceError) as e:
     alarms.tell([found], step=7, stop=True)
   assert e.value.slug == f"alarm.{name}" and e.value.where == "step 7"
-  silent = alarms.Limits(*[None] * 6)
+  silent = alarms.Limits(*[1e9] * 6)
   quiet = alarms.find_alarms([CALM, CALM | now], updates, silent)
   assert [a.name for a in quiet] == (
       ["reward_hacking"] if name == "reward_hacking" else [])

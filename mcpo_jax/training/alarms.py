@@ -22,14 +22,14 @@ class Alarm(NamedTuple):
 
 
 class Limits(NamedTuple):
-  """Where an alarm begins; None never alarms."""
+  """Above which an alarm begins."""
 
-  max_kl: float | None  # nats, of a sample
-  max_chosen_drop: float | None  # of rewards/chosen below 0
-  max_length_ratio: float | None  # to the first round, either way
-  max_tied_share: float | None  # of sets
-  max_repetition: float | None  # share of a sample's trigrams
-  max_logp_gap: float | None  # nats a token
+  max_kl: float  # nats, of a sample
+  max_chosen_drop: float  # of rewards/chosen below 0
+  max_length_ratio: float  # to the first round, either way
+  max_tied_share: float  # of sets
+  max_repetition: float  # share of a sample's trigrams
+  max_logp_gap: float  # nats a token
 
 
 def find_alarms(
@@ -51,7 +51,7 @@ def find_alarms(
   found = []
 
   def above(name, value, limit, cause):
-    if limit is not None and value is not None and value > limit:
+    if value is not None and value > limit:
       found.append(Alarm(name, value, limit, cause))
 
   if "judge/mean" in now:
@@ -67,12 +67,12 @@ def find_alarms(
         "objective.beta or shorten the run")
   chosen = [row["rewards/chosen"] for row in updates
             if row.get("rewards/chosen") is not None]
-  if chosen and limits.max_chosen_drop is not None:
+  if chosen:
     above("chosen_falls", -sum(chosen) / len(chosen), limits.max_chosen_drop,
           "preferred completions become less likely than under the reference: "
           "only the margin is learned; add sft with a weight to the objective, "
           "or train fewer updates on a round")
-  if limits.max_length_ratio is not None and first["candidates/length"]:
+  if first["candidates/length"]:
     ratio = now["candidates/length"] / first["candidates/length"]
     above("length", max(ratio, 1 / max(ratio, 1e-9)), limits.max_length_ratio,
           "samples became longer or shorter than at the start: the reward "

@@ -36,7 +36,7 @@ from mcpo_jax.training import stage as stage_lib
 
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
-    r"(cache_dir|stages|log\..*|export\..*|compare\..*|"
+    r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|"
     r"checkpoint\.(every_steps|keep))$")
 
 # Part of every content key in the cache: raise it when the same input would
@@ -53,6 +53,8 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   model_dir: pathlib.Path | None  # of the given weights, None: from scratch
   tokenizer: tokenizer_lib.Tokenizer
+  # Of online rounds, None: the mesh samples too.
+  sampler_mesh: jax.sharding.Mesh | None = None
 
 
 def digest(value: Any) -> str:
@@ -73,7 +75,7 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
       or pathlib.Path.home() / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
   check_devices()
-  mesh = sharding.make_mesh(**config["mesh"])
+  mesh, sampler_mesh = open_meshes(config)
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if config["data"]["num_streams"] % parts:
     raise errors.ConfigError(
@@ -87,7 +89,31 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
         workdir, config["model"]["path"], config["model"]["revision"])
   store_config(config, workdir)
   return Run(config, workdir, cache, mesh, model_dir,
-             open_tokenizer(config, workdir, model_dir))
+             open_tokenizer(config, workdir, model_dir), sampler_mesh)
+
+
+def open_meshes(
+    config: dict[str, Any],
+) -> tuple[jax.sharding.Mesh, jax.sharding.Mesh | None]:
+  """The mesh that trains, and the one that does nothing but sample for online
+  rounds, if there is one.
+
+  Raises:
+    ConfigError: config.mesh.
+  """
+  devices, own = jax.devices(), config["generation"]["num_devices"]
+  if own is None:
+    return sharding.make_mesh(**config["mesh"]), None
+  if own >= len(devices):
+    raise errors.ConfigError(
+        "config.mesh", "no device is left to train on",
+        where="generation.num_devices", got=own,
+        want=f"below {len(devices)}, the devices there are")
+  return (
+      sharding.make_mesh(**config["mesh"], devices=devices[:-own]),
+      sharding.make_mesh(
+          data=-1, fsdp=1, tensor=config["generation"]["tensor"],
+          devices=devices[-own:]))
 
 
 def resolve_once(
@@ -251,11 +277,12 @@ def check_sources(config: dict[str, Any]) -> None:
 
 
 def open_store(
-    run: Run, path: str, format: str, *, name: str
+    run: Run, path: str, format: str, *, name: str, prompts_only: bool = False
 ) -> store_lib.Store:
   """The tokenised rows of a path's sources, made once and kept in the cache.
 
-  Bad rows that were set aside are listed in quarantine_<name>.jsonl.
+  Bad rows that were set aside are listed in quarantine_<name>.jsonl. With
+  `prompts_only` a row may be a prompt and nothing else.
   """
   data = run.config["data"]
   return store_lib.build_store(
@@ -268,7 +295,7 @@ def open_store(
       quarantine_path=(run.workdir / f"quarantine_{name}.jsonl"
                        if data["quarantine"] else None),
       max_quarantined_share=data["max_quarantined_share"],
-      cache_dir=run.cache / "data")
+      prompts_only=prompts_only, cache_dir=run.cache / "data")
 
 
 def held_out(data: store_lib.Store, fraction: float) -> np.ndarray:
