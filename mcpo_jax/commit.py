@@ -40,7 +40,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 def write_file(path: pathlib.Path, text: str) -> None:
   """Replaces a text file at once: a reader sees the old or the new one."""
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-  temporary.write_text(text)
+  temporary.write_text(text, encoding="utf-8")
   _fsync(temporary)
   os.replace(temporary, path)
   _fsync(path.parent)

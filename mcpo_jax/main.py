@@ -20,6 +20,7 @@ from mcpo_jax import errors, objective_names, settings
 VERBS = {
     "train": "run the stages of a config, or resume them",
     "evaluate": "metrics of a trained workdir on held-out prompts",
+    "generate": "candidates from a model to JSON Lines",
     "export": "a folder that transformers loads (--out=DIR)",
     "audit": "the data report, before any training",
     "score": "fill the reference cache ahead of training",
@@ -265,6 +266,10 @@ def run(argv: list[str]) -> None:
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",
                              where="data.path", hint="--config.data.path=FILE")
+  if command.verb == "generate" and not config["generate"]["data_path"]:
+    raise errors.ConfigError(
+        "config.missing", "this verb needs prompts",
+        where="generate.data_path", hint="--config.generate.data_path=FILE")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from mcpo_jax import verbs
 

@@ -10,6 +10,7 @@ from mcpo_jax import commit, errors, settings
 from mcpo_jax.data import audit as audit_lib
 from mcpo_jax.stages import evaluate as evaluate_stage
 from mcpo_jax.stages import export as export_stage
+from mcpo_jax.stages import generate as generate_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.stages import preference as preference_stage
 from mcpo_jax.stages import sft as sft_stage
@@ -39,6 +40,16 @@ def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """The evaluation of a trained workdir, on its own."""
   run = setup.open_run(config, workdir)
   summary = evaluate_stage.run_evaluate(run, metrics.Writer(workdir))
+  write_summary(workdir, summary)
+  print(json.dumps(summary, indent=1))
+
+
+def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Candidates of the workdir's last stage, or of model.path."""
+  generate_stage.check_weights(config, workdir)
+  sampling.load_reward(config)  # missed now if missing, not after the model
+  run = setup.open_run(config, workdir)
+  summary = generate_stage.run_generate(run)
   write_summary(workdir, summary)
   print(json.dumps(summary, indent=1))
 

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from mcpo_jax import errors
@@ -71,6 +71,15 @@ def _number(value: Any, where: str, field: str) -> float:
 
 def _list(value: Any, where: str, field: str) -> list:
   return _typed(value, list, "a list", where, field)
+
+
+def _one_per_completion(
+    value: Any, count: int, where: str, field: str, want: str
+) -> list:
+  if len(_list(value, where, field)) != count:
+    raise _fail("data.length_mismatch", want, where, field, got=len(value),
+                want=count)
+  return value
 
 
 def check_messages(
@@ -168,10 +177,8 @@ def _record(
                 "prompt_id", got=type(identity).__name__, want="text")
   logps = row.get("ref_logps")
   if logps is not None:
-    _list(logps, where, "ref_logps")
-    if len(logps) != len(completions):
-      raise _fail("data.length_mismatch", "one number per completion", where,
-                  "ref_logps", got=len(logps), want=len(completions))
+    _one_per_completion(logps, len(completions), where, "ref_logps",
+                        "one number per completion")
     for i, value in enumerate(logps):
       _number(value, where, f"ref_logps[{i}]")
   columns = {k: v for k, v in row.items()
@@ -181,10 +188,8 @@ def _record(
 
 
 def _numbers(row, field, where, count) -> list[float]:
-  values = _list(_take(row, field, where), where, field)
-  if len(values) != count:
-    raise _fail("data.length_mismatch", "one number per completion", where,
-                field, got=len(values), want=count)
+  values = _one_per_completion(_take(row, field, where), count, where, field,
+                               "one number per completion")
   return [_number(v, where, f"{field}[{i}]") for i, v in enumerate(values)]
 
 
@@ -193,12 +198,24 @@ def read_native(row: dict[str, Any], where: str) -> Record:
 
   Rank direction: `scores` higher is better; `ranks` 1 is best; `preferred` is
   an index.
+
+  `finish_reasons`, one per completion, say of what a model wrote how it ended:
+  after "length" no end token follows the text. Such a completion may be empty.
   """
   prompt = _prompt(_take(row, "prompt", where), where)
   texts = _list(_take(row, "completions", where), where, "completions")
-  completions = [_completion(text, where, f"completions[{i}]")
-                 for i, text in enumerate(texts)]
-  count = len(completions)
+  count = len(texts)
+  reasons = _one_per_completion(
+      row.get("finish_reasons") or [None] * count, count, where,
+      "finish_reasons", "one reason per completion")
+  for i, reason in enumerate(reasons):
+    if reason not in (None, "stop", "length"):
+      raise _fail("data.field_type", "no such reason", where,
+                  f"finish_reasons[{i}]", got=reason, want="stop or length")
+  completions = [
+      text if reason is not None and isinstance(text, str)
+      else _completion(text, where, f"completions[{i}]")
+      for i, (text, reason) in enumerate(zip(texts, reasons))]
   scores = preferred = None
   if row.get("scores") is not None:
     scores = _numbers(row, "scores", where, count)
@@ -215,11 +232,8 @@ def read_native(row: dict[str, Any], where: str) -> Record:
                   "preferred", got=preferred, want=f"0 to {count - 1}")
   sources = row.get("sources")
   if sources is not None:
-    _list(sources, where, "sources")
-    if len(sources) != count:
-      raise _fail("data.length_mismatch", "one source per completion", where,
-                  "sources", got=len(sources), want=count)
-    sources = [str(s) for s in sources]
+    sources = [str(s) for s in _one_per_completion(
+        sources, count, where, "sources", "one source per completion")]
   return _record(
       row, where, ("prompt", "completions", "scores", "ranks", "preferred"),
       prompt=prompt, completions=completions, scores=scores,
@@ -519,6 +533,16 @@ def read_tokens(row: dict[str, Any], where: str) -> Record:
       columns=record.columns | {"completion_masks": masks})
 
 
+def read_prompts(row: dict[str, Any], where: str) -> Record:
+  """`prompt` alone, to be answered.
+
+  Rank direction: none, there is no completion.
+  """
+  prompt = _prompt(_take(row, "prompt", where), where)
+  return _record(row, where, ("prompt",), prompt=prompt,
+                 completions=[""])._replace(completions=[])
+
+
 READERS: dict[str, Callable[[dict[str, Any], str], Record]] = {
     "native": read_native,
     "pairs": read_pairs,
@@ -530,6 +554,7 @@ READERS: dict[str, Callable[[dict[str, Any], str], Record]] = {
     "unpaired": read_unpaired,
     "sft": read_sft,
     "tokens": read_tokens,
+    "prompts": read_prompts,
 }
 
 
@@ -560,11 +585,20 @@ def recognise(row: dict[str, Any], where: str) -> str:
     return "unpaired"
   if "completion" in has or "messages" in has:
     return "sft"
+  if "prompt" in has:
+    return "prompts"
+  raise no_layout(has, where, "the columns show no known layout")
+
+
+def no_layout(
+    columns: Iterable[str], where: str, message: str
+) -> errors.DataError:
+  """The refusal of a row whose columns say too little, data.field_missing."""
   known = ("prompt", "completions", "chosen", "rejected", "completion",
            "messages", "answers", "instruction")
-  near = next((f"did you mean {m[0]} for {name}? " for name in has if (
+  near = next((f"did you mean {m[0]} for {name}? " for name in columns if (
       m := difflib.get_close_matches(name, known, n=1)) and m[0] != name), "")
-  raise errors.DataError(
-      "data.field_missing", "the columns show no known layout", where=where,
-      got=sorted(has), want="prompt with completions, or chosen and rejected",
+  return errors.DataError(
+      "data.field_missing", message, where=where, got=sorted(columns),
+      want="prompt with completions, or chosen and rejected",
       hint=f"{near}layouts: {', '.join(READERS)}")

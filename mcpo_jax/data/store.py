@@ -110,7 +110,7 @@ class Store:
     return CandidateSet(
         example_id=np.array(arrays["example_id"][row]),
         prompt_id=self._line(row)["prompt_id"],
-        prompt=np.array(tokens[begin : starts[0]]),
+        prompt=np.array(tokens[begin : starts[0] if starts else end]),
         completions=[np.array(tokens[a:b]) for a, b in edges],
         completion_masks=[np.array(scored[a:b], bool) for a, b in edges],
         candidate_ids=np.array(arrays["candidate_id"][candidates]),
@@ -242,6 +242,10 @@ def _tokenise(
 ) -> _Row | None:
   """Tokenises, cuts and merges one record; None if a policy skips it."""
   where = record.where
+  # Of what a model wrote and did not end; ids are taken as they come.
+  unended = [] if "completion_ids" in record.columns else [
+      k for k, reason in enumerate(record.columns.get("finish_reasons") or [])
+      if reason == "length"]
   encoded = tokenizer.encode_record(record)
   _check_ids(encoded.prompt, vocab_size, f"{where}, prompt")
   prompt = _fit_prompt(encoded.prompt, limits, tokenizer.bos_id, where, counts)
@@ -262,6 +266,8 @@ def _tokenise(
   for k, (ids, mask) in enumerate(zip(encoded.completions, encoded.masks)):
     field = f"{where}, completions[{k}]"
     _check_ids(ids, vocab_size, field)
+    if k in unended:
+      ids, mask = ids[:-1], mask[:-1]
     cut = room is not None and len(ids) > room
     if cut:
       if limits.completion_overlength == "error":
@@ -275,13 +281,16 @@ def _tokenise(
         continue
       ids, mask = ids[:room], mask[:room]
       counts["truncated_completions"] += 1
+    if not len(ids):
+      counts["completions_without_tokens"] += 1
+      continue
     if not mask.any():
       raise errors.DataError(
           "data.mask", "no token of the completion is scored", where=field,
           hint="reasoning fills it up to the length")
     groups.setdefault(ids.tobytes() + mask.tobytes(), []).append(k)
     kept[k] = ids, mask, cut
-  if not groups or record.preferred is not None and record.preferred not in (
+  if record.completions and not groups or record.preferred is not None and record.preferred not in (
       kept):
     counts["rows_without_candidates"] += 1
     return None
@@ -305,7 +314,7 @@ def _tokenise(
 
 
 def _contrast(row: _Row) -> bool:
-  if not np.isnan(row.scores).any():
+  if row.scores and not np.isnan(row.scores).any():
     return max(row.scores) > min(row.scores)
   return row.preferred >= 0 and len(row.scores) > 1
 
@@ -329,8 +338,8 @@ class _Writer:
     self._write("tokens", np.concatenate([row.prompt, *row.completions]))
     self._write("scored", np.concatenate(
         [np.zeros(len(row.prompt), bool), *row.masks]))
-    self._write("completion_start",
-                start + np.cumsum([0, *lengths[:-1]], dtype=np.int64))
+    ends = np.cumsum(lengths, dtype=np.int64)
+    self._write("completion_start", start + ends - lengths)
     self._write("candidate_id", row.candidate_ids)
     self._write("multiplicity", row.multiplicity)
     self._write("score", row.scores)
@@ -449,6 +458,7 @@ def build_store(
     vocab_size: int | None = None,
     quarantine_path: str | os.PathLike[str] | None = None,
     max_quarantined_share: float = 0.001,
+    prompts_only: bool = False,
 ) -> Store:
   """Opens the store of these sources, and makes it first if it is not there.
 
@@ -469,6 +479,7 @@ def build_store(
     quarantine_path: file that bad rows are listed in (file, line, slug, sha256
       of the row as it was read); None stops at them.
     max_quarantined_share: of all rows; above it the build stops.
+    prompts_only: prompts are what is wanted, so a row may have nothing else.
 
   Returns:
     A Store. rows_in = rows_used + rows_quarantined + rows_skipped.
@@ -504,7 +515,7 @@ def build_store(
       VERSION, [_source_digest(p, r) for p, _, _, r in sources],
       [(f, w) for _, f, w, _ in sources], tokenizer.key, limits, vocab_size,
       quarantine and max_quarantined_share,
-  ]
+  ] + (["prompts"] if prompts_only else [])
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
   folder = pathlib.Path(cache_dir) / f"store-{key[:32]}"
   store = _open(folder, key)
@@ -513,7 +524,8 @@ def build_store(
 
     def write(temporary: pathlib.Path) -> None:
       meta["report"] = _build(temporary, sources, tokenizer, limits,
-                              vocab_size, quarantine, max_quarantined_share)
+                              vocab_size, quarantine, max_quarantined_share,
+                              prompts_only)
 
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there at all
     commit.write_folder(folder, write, meta)
@@ -526,7 +538,8 @@ def build_store(
 
 
 def _build(
-    folder, sources, tokenizer, limits, vocab_size, quarantine, max_share
+    folder, sources, tokenizer, limits, vocab_size, quarantine, max_share,
+    prompts_only,
 ) -> dict[str, Any]:
   """Writes all files of a store into `folder` and returns the report."""
   counts: collections.Counter = collections.Counter()
@@ -551,6 +564,10 @@ def _build(
         if isinstance(record, Record):
           error = None
           try:
+            if not (record.completions or prompts_only):
+              raise readers.no_layout(
+                  ["prompt", *record.columns], where,
+                  "there is a prompt and no completion")
             row = _tokenise(record, tokenizer, limits, vocab_size, counts)
           except errors.DataError as e:
             error = e
@@ -612,18 +629,21 @@ _COUNTED = (
     "rows_in", "rows_quarantined", "rows_skipped", "prompts_too_long",
     "truncated_prompts", "completions_too_long", "truncated_completions",
     "rows_without_candidates", "merged_completions", "merged_score_conflicts",
-    "chosen_in_pool", "duplicate_rows", "special_token_text", "folded_system",
+    "completions_without_tokens", "chosen_in_pool", "duplicate_rows", "special_token_text", "folded_system",
     "blank_lines", "bom", "crlf_lines",
 )
 
 
 def _report(counts, arrays, keep, index) -> dict[str, Any]:
   """Counts of what was met, of the kept rows and of the store."""
-  sizes = np.diff(arrays["row_candidate"])[keep]
   scores, starts = arrays["score"], arrays["row_candidate"]
-  best = np.maximum.reduceat(scores, starts[:-1])
-  top = np.add.reduceat(
-      scores == np.repeat(best, np.diff(starts)), starts[:-1])
+  sizes = np.diff(starts)
+  some, top = sizes > 0, np.zeros(len(sizes), int)
+  if some.any():  # reduceat does not know empty runs
+    best = np.maximum.reduceat(scores, starts[:-1][some])
+    top[some] = np.add.reduceat(
+        scores == np.repeat(best, sizes[some]), starts[:-1][some])
+  sizes = sizes[keep]
   return {name: int(counts[name]) for name in _COUNTED} | {
       "rows_used": len(keep),
       "rows": len(index),
