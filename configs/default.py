@@ -454,6 +454,33 @@ def get_config() -> ml_collections.ConfigDict:
   # Send to Weights & Biases too.
   log.wandb = False
 
+  # --- Serve: the verb that answers requests over HTTP ------------------------
+  serve = config.serve = ml_collections.ConfigDict()
+  # Address to listen at: this machine alone unless `public` is set.
+  serve.host = "127.0.0.1"
+  # TCP port. 0: any free one, told in the log.
+  serve.port = 8000
+  # Allow an address that others can reach. Nothing is encrypted.
+  serve.public = False
+  # File with the token that clients send, in one line.
+  # None: the environment's MCPO_SERVE_TOKEN. One of the two is needed.
+  serve.token_path = config_dict.placeholder(str)
+  # What clients call the model.
+  serve.model_name = "policy"
+  # Samples that are decoded together, about.
+  serve.num_slots = 64
+  # Samples that may be under way or waiting; further requests get a 503.
+  serve.max_samples = 4096
+  # Tokens decoded between two looks at what has come in: fewer answer sooner
+  # and free the slots of a client that left, more decode faster.
+  serve.tokens_per_step = 8
+  # Longest body of a request, in MiB; weights may be as long as they are.
+  serve.max_body_mib = 8
+  # Seconds a body may take to come in, and one more for each MiB.
+  serve.body_seconds = 30.0
+  # Seconds that requests under way have to end in after SIGTERM.
+  serve.grace_seconds = 25
+
   # --- Compare: a table of settings beside each other, over seeds -------------
   compare = config.compare = ml_collections.ConfigDict()
   # One run per row and seed: "NAME | key=value key=value", with settings that

@@ -21,6 +21,7 @@ VERBS = {
     "train": "run the stages of a config, or resume them",
     "evaluate": "metrics of a trained workdir on held-out prompts",
     "generate": "candidates from a model to JSON Lines",
+    "serve": "the generation service over HTTP",
     "export": "a folder that transformers loads (--out=DIR)",
     "audit": "the data report, before any training",
     "score": "fill the reference cache ahead of training",
@@ -246,7 +247,7 @@ def run(argv: list[str]) -> None:
     print(usage())
     return
   workdir = command.flags.get("workdir")
-  if command.verb != "audit" and not workdir:
+  if command.verb not in ("audit", "serve") and not workdir:
     raise errors.ConfigError("cli.flag", "this verb needs a workdir",
                              where="--workdir", hint="--workdir=runs/NAME")
   if (command.verb == "export") != ("out" in command.flags):
@@ -270,6 +271,14 @@ def run(argv: list[str]) -> None:
     raise errors.ConfigError(
         "config.missing", "this verb needs prompts",
         where="generate.data_path", hint="--config.generate.data_path=FILE")
+  if command.verb == "serve":
+    from mcpo_jax.generation import token
+
+    token.read_token(config["serve"]["token_path"])
+    if not (workdir or config["model"]["path"]):
+      raise errors.ConfigError(
+          "config.missing", "there is nothing to serve", where="model.path",
+          hint="--config.model.path=FOLDER, or --workdir of a trained run")
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from mcpo_jax import verbs
 

@@ -10,6 +10,7 @@ This module imports no JAX.
 """
 
 import datetime
+import ipaddress
 import json
 import math
 import os
@@ -192,6 +193,17 @@ KEYS: dict[str, Setting] = {
     "log.every_steps": _COUNT,
     "log.tensorboard": _FLAG,
     "log.wandb": _FLAG,
+    "serve.host": _ANY,
+    "serve.port": Setting(low=0, high=65535),
+    "serve.public": _FLAG,
+    "serve.token_path": _or_none(),
+    "serve.model_name": _ANY,
+    "serve.num_slots": _COUNT,
+    "serve.max_samples": _COUNT,
+    "serve.tokens_per_step": _COUNT,
+    "serve.max_body_mib": _COUNT,
+    "serve.body_seconds": _POSITIVE,
+    "serve.grace_seconds": Setting(low=0, high=3600),
     "compare.rows": _ANY,
     "compare.reference": _or_none(),
     "compare.seeds": _ANY,
@@ -344,6 +356,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _check_run(config)
   found += _check_texts(config)
   found += _check_mesh(config)
+  found += _check_serve(config)
   found += _resolve_objective(config)
   found += _check_online(config)
   if not found:  # these calculate with the values
@@ -607,6 +620,23 @@ def _check_generate(config) -> list[errors.McpoError]:
         "config.range", "parts are counted from 0", where="generate.part",
         got=group["part"], want=f"below num_parts = {group['num_parts']}"))
   return found
+
+
+def _check_serve(config) -> list[errors.McpoError]:
+  """Whom the server listens to."""
+  host = str(config["serve"]["host"])
+  try:
+    inside = host == "localhost" or ipaddress.ip_address(host).is_loopback
+  except ValueError:
+    return [errors.ConfigError(
+        "config.range", "not an address", where="serve.host", got=host,
+        want="an IP address or localhost")]
+  if not (inside or config["serve"]["public"]):
+    return [errors.ConfigError(
+        "config.conflict", "others than this machine could connect",
+        where="serve.host", got=host, want="127.0.0.1",
+        hint="serve.public=True allows it; the connection is not encrypted")]
+  return []
 
 
 def _resolve_objective(config) -> list[errors.McpoError]:

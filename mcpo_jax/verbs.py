@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 from typing import Any
 
 from absl import logging
@@ -13,6 +14,7 @@ from mcpo_jax.stages import export as export_stage
 from mcpo_jax.stages import generate as generate_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.stages import preference as preference_stage
+from mcpo_jax.stages import serve as serve_stage
 from mcpo_jax.stages import sft as sft_stage
 from mcpo_jax.training import metrics, setup
 
@@ -52,6 +54,12 @@ def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   summary = generate_stage.run_generate(run)
   write_summary(workdir, summary)
   print(json.dumps(summary, indent=1))
+
+
+def serve(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
+  """Answers requests until SIGTERM; without a workdir those of model.path."""
+  with tempfile.TemporaryDirectory() as folder:
+    serve_stage.run_serve(config, workdir or pathlib.Path(folder))
 
 
 def export(

@@ -571,8 +571,7 @@ def test_200_clients_at_once_leave_no_slot_behind(own):
 def test_a_worker_that_closes_tells_everyone(own):
   engine = serve_cases.FakeEngine()
   one = worker.Worker(engine, serve_cases.tokenizer().hf,
-                      worker.Weights((), 0, ""), max_samples=9,
-                      tokens_per_step=2, num_slots=4)
+                      0, "", max_samples=9, tokens_per_step=2, num_slots=4)
   one.start()
   one.close()
   assert threading.active_count() < 50

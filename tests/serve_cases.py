@@ -56,7 +56,7 @@ class FakeEngine:
 
   def __init__(self, num_slots=4):
     self.num_slots = num_slots
-    self.version, self.models = None, ()
+    self.version, self.models = 0, ()
     self.waiting, self.active = [], []
     self.go = threading.Event()  # a test may hold it in mid-step
     self.go.set()
@@ -73,6 +73,9 @@ class FakeEngine:
         [request, place, 0] for place in range(len(request.sample_indices))]
 
   def cancel(self, request_id, sample=None):
+    assert any(slot[0].request_id == request_id
+               for slot in self.waiting + self.active)
+
     def keep(slot):
       mine = slot[0].request_id == request_id and sample in (None, slot[1])
       if mine:
@@ -85,6 +88,7 @@ class FakeEngine:
   def step(self, max_tokens):
     self.go.wait(20)
     if self.broken:
+      self.waiting, self.active = [], []
       raise errors.NonFiniteError("generation.non_finite", "NaN")
     while self.waiting and len(self.active) < self.num_slots:
       self.active.append(self.waiting.pop(0))
@@ -140,7 +144,7 @@ class Served:
     options |= {k: v for k, v in changes.items() if k in options}
     limits |= {k: v for k, v in changes.items() if k in limits}
     self.worker = worker.Worker(
-        self.engine, tokenizer().hf, worker.Weights((), 0, "0" * 64),
+        self.engine, tokenizer().hf, 0, "0" * 64,
         max_samples=limits["max_samples"], tokens_per_step=3,
         num_slots=self.engine.num_slots)
     self.front = server.Server(

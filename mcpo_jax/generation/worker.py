@@ -71,7 +71,8 @@ class Worker:
       self,
       engine: engine_lib.Engine,
       tokenizer: Any,
-      weights: Weights,
+      version: int,
+      sha256: str,
       *,
       max_samples: int,
       tokens_per_step: int,
@@ -82,7 +83,7 @@ class Worker:
     Args:
       engine: given over to this object.
       tokenizer: makes the text, see TextStream.
-      weights: the first ones.
+      version, sha256: of the weights that the engine has.
       max_samples: under way and waiting, in all.
       tokens_per_step: decoded between two looks at what has come in.
       num_slots: samples the engine decodes at a time: so many more are handed
@@ -103,7 +104,7 @@ class Worker:
     self.counts: collections.Counter[str] = collections.Counter()
     self.failure: errors.McpoError | None = None
     self.num_active = self.num_waiting = 0
-    self._set(weights)
+    self.version, self.sha256 = version, sha256
 
   # From other threads.
 
@@ -177,19 +178,16 @@ class Worker:
       except queue.Empty:
         return
 
-  def _set(self, weights: Weights) -> None:
-    self._engine.update(weights.models, weights.version)
-    self.version, self.sha256 = weights.version, weights.sha256
-
   def _apply_update(self) -> None:
     if self._update is None or not self._engine.idle:
       return
     (weights, future), self._update = self._update, None
     try:
-      self._set(weights)
+      self._engine.update(weights.models, weights.version)
     except Exception as e:
       future.set_exception(e)
       return
+    self.version, self.sha256 = weights.version, weights.sha256
     self.counts["updates"] += 1
     self.failure = None
     future.set_result(None)
@@ -272,8 +270,8 @@ class Worker:
 
   def _withdraw(self, job: Job) -> None:
     for number in {n for n, _ in job.running} & job.requests.keys():
-      self._engine.cancel(number)
-      self._jobs.pop(number, None)
+      if not self._engine.idle:  # as it is when it has dropped everything
+        self._engine.cancel(number)
     for number in job.requests:
       self._jobs.pop(number, None)
     job.running.clear()
