@@ -360,10 +360,29 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Reward: scores sampled texts -------------------------------------------
   reward = config.reward = ml_collections.ConfigDict()
-  # "slot_coverage". None: samples are not scored.
+  # "slot_coverage", "exact_match" (final answers against the column `answer`),
+  # "length" (tokens), "reward_model", "remote", "judge" (win rates against the
+  # other samples of a prompt), a function of your own ("module:function"), or a
+  # weighted sum ("exact_match,length*-0.01"). None: samples are not scored.
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
+  # Sequence-classification folder of "reward_model". None: not used.
+  reward.path = config_dict.placeholder(str)
+  # Where "remote" posts samples to. None: not used.
+  reward.url = config_dict.placeholder(str)
+  # Of "judge", who tells the better of two: "module:function" or a URL.
+  # None: not used.
+  reward.judge = config_dict.placeholder(str)
+  # Seconds for one answer of a URL; four are waited for.
+  reward.timeout_s = 30.0
+  # Taken from the score of samples that were cut off at their longest length.
+  reward.missing_eos_penalty = 0.0
+  # Taken from the score for every token of a sample.
+  reward.length_penalty = 0.0
+  # What is scored of a model that thinks first: its "answer", its "thinking"
+  # or "both".
+  reward.thinking = "answer"
 
   # --- Online: candidates are sampled from the policy while it trains ---------
   online = config.online = ml_collections.ConfigDict()

@@ -461,4 +461,28 @@ STRATEGIES = {
 SCORES = ("reward", "policy_logp", "reward_per_token", "policy_logp_per_token")
 TRANSITIONS = ("categorical", "metropolis", "barker", "self_repellent")
 INITS = ("preferred", "persistent", "model")
-REWARDS = {"slot_coverage": "mcpo_jax.rewards.slot_coverage:make_slot_coverage"}
+
+
+class Reward(NamedTuple):
+  """A reward that the project brings along."""
+
+  place: str  # "module:factory"
+  needs: tuple[str, ...] = ()  # keys of the config's group reward
+  takes: tuple[str, ...] = ()
+
+
+REWARDS = {
+    "slot_coverage": Reward(
+        "mcpo_jax.rewards.slot_coverage:make_slot_coverage",
+        needs=("patterns_path",)),
+    "exact_match": Reward("mcpo_jax.rewards.answers:make_exact_match"),
+    "length": Reward("mcpo_jax.rewards.answers:make_length"),
+    "reward_model": Reward(
+        "mcpo_jax.rewards.model:make_reward_model", needs=("path",)),
+    "remote": Reward(
+        "mcpo_jax.rewards.remote:make_remote", needs=("url",),
+        takes=("timeout_s",)),
+    "judge": Reward(
+        "mcpo_jax.rewards.judge:make_judge", needs=("judge",),
+        takes=("timeout_s",)),
+}

@@ -155,6 +155,13 @@ KEYS: dict[str, Setting] = {
     "generation.tensor": _COUNT,
     "reward.name": _or_none(),
     "reward.patterns_path": _or_none(),
+    "reward.path": _or_none(),
+    "reward.url": _or_none(),
+    "reward.judge": _or_none(),
+    "reward.timeout_s": _POSITIVE,
+    "reward.missing_eos_penalty": Setting(low=0.0),
+    "reward.length_penalty": Setting(low=0.0),
+    "reward.thinking": Setting(choices=("answer", "thinking", "both")),
     "online.enabled": _FLAG,
     "online.prompts_per_round": _COUNT,
     "online.epochs_per_round": _COUNT,
@@ -358,6 +365,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _check_mesh(config)
   found += _check_serve(config)
   found += _resolve_objective(config)
+  found += _check_reward(config)
   found += _check_online(config)
   if not found:  # these calculate with the values
     found += _check_generate(config)
@@ -417,21 +425,6 @@ def _check_run(config) -> list[errors.McpoError]:
     found.append(errors.ConfigError(
         "config.conflict", "eval_fraction has no effect beside eval_path",
         where="data.eval_fraction", got=config["data"]["eval_fraction"]))
-  name = config["reward"]["name"]
-  if name is not None and ":" not in name and name not in REWARDS:
-    found.append(errors.ConfigError(
-        "config.range", "unknown reward", where="reward.name", got=name,
-        want=" | ".join(REWARDS) + " | module:function",
-        hint=errors.nearest(name, REWARDS)))
-  if name == "slot_coverage" and not config["reward"]["patterns_path"]:
-    found.append(errors.ConfigError(
-        "config.missing", "slot_coverage needs its pattern file",
-        where="reward.patterns_path",
-        hint="--config.reward.patterns_path=FILE"))
-  if name != "slot_coverage" and config["reward"]["patterns_path"]:
-    found.append(errors.ConfigError(
-        "config.unused", "only reward.name=slot_coverage reads it",
-        where="reward.patterns_path"))
   if config["evaluation"]["patience"] and not (
       config["data"]["eval_path"] or config["data"]["eval_fraction"]):
     found.append(errors.ConfigError(
@@ -503,6 +496,62 @@ def _check_mesh(config) -> list[errors.McpoError]:
         "config.mesh", "mesh sizes are whole numbers above 0, and at most one "
         "is -1", where="mesh", got=mesh)]
   return []
+
+
+def parse_rewards(text: str) -> list[tuple[str, float]]:
+  """"a*2,b" -> [("a", 2.0), ("b", 1.0)]; a weight may be negative.
+
+  Raises:
+    ConfigError: config.range, an empty name or a weight that is 0 or no number.
+  """
+  out = []
+  for entry in text.split(","):
+    name, star, weight = entry.strip().rpartition("*")
+    try:
+      weight = float(weight) if star else 1.0
+    except ValueError:
+      weight = 0.0
+    name = name if star else entry.strip()
+    if not name or not 0.0 < abs(weight) < math.inf:
+      raise errors.ConfigError(
+          "config.range", "not a reward", where="reward.name", got=entry,
+          want="NAME or NAME*WEIGHT, with a finite weight that is not 0")
+    out.append((name, weight))
+  return out
+
+
+def _check_reward(config) -> list[errors.McpoError]:
+  """The rewards and what each of them needs."""
+  group, found, read = config["reward"], [], set()
+  for key, text in (("reward.name", group["name"]),
+                    ("online.judge", config["online"]["judge"])):
+    try:
+      members = parse_rewards(text) if text else []
+    except errors.ConfigError as e:
+      e.where = key
+      found.append(e)
+      continue
+    for name, _ in members:
+      if ":" not in name and name not in REWARDS:
+        found.append(errors.ConfigError(
+            "config.range", "unknown reward", where=key, got=name,
+            want=" | ".join(REWARDS) + " | module:function",
+            hint=errors.nearest(name, REWARDS)))
+        continue
+      entry = REWARDS.get(name, registry.Reward(""))
+      read |= {*entry.needs, *entry.takes}
+      found += [errors.ConfigError(
+          "config.missing", f"{name} needs it", where=f"reward.{setting}",
+          hint=f"--config.reward.{setting}=VALUE")
+          for setting in entry.needs if group[setting] is None]
+  for setting in ("patterns_path", "path", "url", "judge"):
+    if group[setting] is not None and setting not in read:
+      readers = [name for name, entry in REWARDS.items()
+                 if setting in entry.needs]
+      found.append(errors.ConfigError(
+          "config.unused", f"only {' and '.join(readers)} reads it",
+          where=f"reward.{setting}"))
+  return found
 
 
 def _check_online(config) -> list[errors.McpoError]:

@@ -22,7 +22,7 @@ from mcpo_jax.training import metrics, setup
 def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
   setup.check_sources(config)
-  sampling.load_reward(config)  # missed now if missing, not hours later
+  sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
@@ -49,7 +49,7 @@ def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
 def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Candidates of the workdir's last stage, or of model.path."""
   generate_stage.check_weights(config, workdir)
-  sampling.load_reward(config)  # missed now if missing, not after the model
+  sampling.check_reward(config)  # missed now if missing, not after the model
   run = setup.open_run(config, workdir)
   summary = generate_stage.run_generate(run)
   write_summary(workdir, summary)

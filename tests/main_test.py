@@ -218,9 +218,8 @@ def test_every_key_of_the_default_config_has_a_range_and_no_other_has():
 def test_known_names_are_those_of_the_readers_and_the_models():
   assert set(settings.FORMATS) == {"auto", *readers.READERS}
   assert set(settings.FAMILIES) == set(config_lib.FAMILIES)
-  for place in [o.place for o in registry.OBJECTIVES.values()] + list(
-      registry.REWARDS.values()):
-    assert importlib.util.find_spec(place.split(":")[0])
+  for entry in (*registry.OBJECTIVES.values(), *registry.REWARDS.values()):
+    assert importlib.util.find_spec(entry.place.split(":")[0])
 
 
 def test_every_key_is_read_somewhere():

@@ -173,6 +173,15 @@ class Tokenizer:
     """Text of ids without control tokens."""
     return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  @property
+  def opens_thinking(self) -> bool:
+    """Whether prompts end in <think>, so that completions begin in a thought."""
+    if self.template is None:
+      return False
+    message = {"role": "user", "content": "x"}
+    text = self._render([message], None, "prompt")
+    return text.rstrip().endswith("<think>")
+
   def encode_prompt(
       self,
       prompt: str | Messages,

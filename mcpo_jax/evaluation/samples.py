@@ -92,7 +92,11 @@ def score_texts(
       reward,
       each(prompt_set.prompts),
       [text for texts in result.text for text in texts],
-      **{name: each(column) for name, column in prompt_set.columns.items()},
+      **{name: each(column) for name, column in prompt_set.columns.items()}
+      | {
+          "finish_reasons": [r for row in result.finish_reason for r in row],
+          "lengths": result.mask.sum(-1).reshape(-1).tolist(),
+      },
   ).reshape(-1, num_samples)
 
 

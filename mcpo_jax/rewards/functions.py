@@ -1,11 +1,14 @@
-"""Rewards by name or import path, and the check of what they reply.
+"""Rewards by name or import path, their sum, and the check of what they reply.
 
 A reward is `fn(prompts, completions, **columns) -> list[float]`, one number
-per completion, higher is better; `columns` are the further columns of the
-records, lists of the same length.
+per completion, higher is better. Prompts are strings or lists of messages,
+completions strings. `columns` are the further columns of the records, lists of
+the same length; beside them come `finish_reasons` ("stop" or "length") and
+`lengths` (tokens) of completions that were sampled.
 """
 
 import importlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -22,20 +25,20 @@ def load_reward(name: str, **arguments: Any) -> Reward:
   """Finds a reward.
 
   Args:
-    name: one of `registry.REWARDS`, whose factory is called with `arguments`;
-      or "module:function", which names the reward itself.
-    **arguments: what the factory takes, for example `patterns_path`; None
-      stands for not given.
+    name: one of `registry.REWARDS`, whose factory is called with those of the
+      `arguments` that it takes; or "module:function", which names the reward
+      itself.
+    **arguments: settings of all rewards; None stands for not given.
 
   Returns:
     The reward.
 
   Raises:
-    ConfigError: the name is unknown, nothing can be imported from it, or the
-      arguments are not those of the factory.
+    ConfigError: the name is unknown, nothing can be imported from it, or it
+      takes no further columns.
   """
-  arguments = {k: v for k, v in arguments.items() if v is not None}
-  place = registry.REWARDS.get(name, name)
+  entry = registry.REWARDS.get(name)
+  place = name if entry is None else entry.place
   module, _, attribute = place.partition(":")
   try:
     if not (module and attribute):
@@ -43,6 +46,10 @@ def load_reward(name: str, **arguments: Any) -> Reward:
     function = getattr(importlib.import_module(module), attribute)
     if not callable(function):
       raise ImportError(f"a {type(function).__name__} cannot be called")
+    if entry is None and not any(
+        p.kind is p.VAR_KEYWORD
+        for p in inspect.signature(function).parameters.values()):
+      raise TypeError("a reward takes **columns")
   except (ImportError, AttributeError, TypeError, ValueError) as e:
     raise errors.ConfigError(
         "reward.name",
@@ -51,15 +58,13 @@ def load_reward(name: str, **arguments: Any) -> Reward:
         got=name,
         want=f"{', '.join(registry.REWARDS)} or module:function",
     ) from e
-  if name in registry.REWARDS:
-    return function(**arguments)
-  if arguments:
-    raise errors.ConfigError(
-        "config.unused",
-        "a reward given by its import path takes no settings",
-        where=", ".join(f"reward.{key}" for key in arguments),
-    )
-  return function
+  if entry is None:
+    return function
+  return function(**{
+      key: arguments[key]
+      for key in (*entry.needs, *entry.takes)
+      if arguments.get(key) is not None
+  })
 
 
 def score(
@@ -70,7 +75,7 @@ def score(
   Args:
     reward: fn(prompts, completions, **columns) -> R numbers.
     prompts: R strings or lists of messages.
-    completions: R strings or lists of messages.
+    completions: R strings.
     **columns: lists of length R.
 
   Returns:
@@ -113,6 +118,77 @@ def score(
     )
   return np.array([_number(v, f"{place}, entry {i}")
                    for i, v in enumerate(reply)], np.float64)
+
+
+def combine(
+    members: Sequence[tuple[Reward, float]],
+    *,
+    missing_eos_penalty: float = 0.0,
+    length_penalty: float = 0.0,
+    thinking: str = "answer",
+    opens_thinking: bool = False,
+) -> Reward:
+  """The weighted sum of rewards, with penalties.
+
+  Args:
+    members: (reward, weight), at least one.
+    missing_eos_penalty: taken from a completion that was cut off at its
+      longest length.
+    length_penalty: taken for every token. Both need completions that were
+      sampled; others have no penalty.
+    thinking, opens_thinking: see `visible_part`.
+
+  Returns:
+    A reward. Every member's reply is checked by `score`.
+  """
+
+  def reward(
+      prompts, completions, finish_reasons=None, lengths=None, **columns
+  ):
+    texts = [visible_part(c, thinking, opened=opens_thinking)
+             for c in completions]
+    sampled = {
+        name: values for name, values in
+        (("finish_reasons", finish_reasons), ("lengths", lengths))
+        if values is not None}
+    total = sum(
+        weight * score(fn, prompts, texts, **columns, **sampled)
+        for fn, weight in members)
+    if finish_reasons is not None:
+      total -= missing_eos_penalty * (np.array(finish_reasons) == "length")
+    if lengths is not None:
+      total -= length_penalty * np.array(lengths)
+    return total
+
+  reward.__name__ = "+".join(
+      getattr(fn, "__name__", type(fn).__name__) for fn, _ in members)
+  return reward
+
+
+def visible_part(text: str, thinking: str, *, opened: bool = False) -> str:
+  """What a reward sees of a reasoning model's completion.
+
+  Args:
+    text: of the completion, with its marks <think> and </think>.
+    thinking: "answer" is what follows the last thought, "thinking" the thought
+      without its marks, "both" the whole text.
+    opened: the prompt ended in <think> already.
+
+  Returns:
+    The part, stripped unless it is the whole text. A thought that was not
+    ended leaves no answer: the empty text.
+  """
+  if thinking == "both":
+    return text
+  begun = opened or "<think>" in text
+  if not begun:
+    return text if thinking == "answer" else ""
+  thought, mark, answer = text.rpartition("</think>")
+  if not mark:
+    thought, answer = text, ""
+  if thinking == "answer":
+    return answer.strip()
+  return thought.replace("<think>", "").replace("</think>", "").strip()
 
 
 def _number(value, place):

@@ -32,7 +32,7 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
                     "data.eval_path or data.eval_fraction")
     return {}
   summary = held_out_metrics(run)
-  reward = sampling.load_reward(run.config)
+  reward = sampling.load_reward(run.config, run.tokenizer)
   if reward is None:
     logging.warning("evaluate: no reward.name, so samples are not scored")
     return summary

@@ -122,7 +122,7 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
   if len(missing) < len(shards):
     logging.info("generate goes on: %d of %d shards are there",
                  len(shards) - len(missing), len(shards))
-  reward = sampling.load_reward(run.config)
+  reward = sampling.load_reward(run.config, run.tokenizer)
   service = sampling.make_service(run, model, params)
   service.update(params, weights.step)
   with tqdm(desc="generate", unit="prompt", total=sum(map(

@@ -116,11 +116,12 @@ class Filler:
     self._options, self._stage, self._model = config["online"], stage, model
     self._config, self._data, self._rows = config, data, rows
     self._plan = plan
-    self._reward = sampling.load_reward(config)
+    self._reward = sampling.load_reward(config, run.tokenizer)
     self._judge = None
     if self._options["judge"] is not None:
       self._judge = sampling.load_reward(config | {
-          "reward": config["reward"] | {"name": self._options["judge"]}})
+          "reward": config["reward"] | {"name": self._options["judge"]}},
+          run.tokenizer)
     self._source = config["reference"]["source"]
     self._fixed = None
     if self._source == "resident":

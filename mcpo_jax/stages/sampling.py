@@ -1,10 +1,13 @@
 """Prompts, rewards and the sampler of a run."""
 
+import os
 from typing import Any
 
 import numpy as np
 
+from mcpo_jax import errors, settings
 from mcpo_jax.data import store as store_lib
+from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.evaluation import samples
 from mcpo_jax.generation import service as service_lib
 from mcpo_jax.generation.sampling import Sampling
@@ -13,13 +16,46 @@ from mcpo_jax.training import setup
 from mcpo_jax.training import stage as stage_lib
 
 
-def load_reward(config: dict[str, Any]) -> rewards.Reward | None:
-  """The reward of a config, None without one."""
-  options = config["reward"]
-  if options["name"] is None:
+def load_reward(
+    config: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer | None = None
+) -> rewards.Reward | None:
+  """The reward of a config, None without one.
+
+  Args:
+    config: resolved.
+    tokenizer: of the policy: whether its prompts open a thought. None: not
+      known yet.
+  """
+  options = dict(config["reward"])
+  name = options.pop("name")
+  if name is None:
     return None
-  return rewards.load_reward(
-      options["name"], patterns_path=options["patterns_path"])
+  shaping = {key: options.pop(key) for key in (
+      "missing_eos_penalty", "length_penalty", "thinking")}
+  members = [(rewards.load_reward(member, **options), weight)
+             for member, weight in settings.parse_rewards(name)]
+  return rewards.combine(
+      members, **shaping,
+      opens_thinking=tokenizer is not None and tokenizer.opens_thinking)
+
+
+def check_reward(config: dict[str, Any]) -> None:
+  """Finds at the start what would be missed hours later.
+
+  A reward model is not loaded: the stage reward_model may have to make it.
+
+  Raises:
+    ConfigError: as `rewards.load_reward`; reward.path, no such folder.
+  """
+  options = dict(config["reward"])
+  for member, _ in settings.parse_rewards(options.pop("name") or "length"):
+    if member != "reward_model":
+      rewards.load_reward(member, **options)
+    elif "reward_model" not in config["stages"] and not os.path.isdir(
+        options["path"]):
+      raise errors.ConfigError(
+          "reward.path", "no such folder", where="reward.path",
+          got=options["path"])
 
 
 def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
