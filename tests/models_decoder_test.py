@@ -182,20 +182,33 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(
       )
   )(params)
 
-  prompts = np.full((3, 6), 28, np.int32)  # a pad id that is a token too
+  # Three prompts of two slots each; the second slot of each is a token behind
+  # the first, and the ring begins in the middle and comes round.
+  prompts = np.full((3, 5), 28, np.int32)  # a pad id that is a token too
   for row, size, prompt in zip(rows, lengths, prompts):
-    prompt[:size] = row[:size]
-  cache = decoder.init_cache(config, 3, 12, dtype)
+    prompt[: size - 1] = row[: size - 1]
+  weights = jax.jit(decoder.unstack_layers, static_argnums=1)(params, dtype)
+  cache = decoder.init_cache(
+      config, groups=3, slots=2, prompt_length=7, own_length=6, dtype=dtype
+  )
   prefill = jax.jit(decoder.prefill, static_argnums=1)
-  logits, cache = prefill(params, config, prompts, lengths, cache)
+  for group in (2, 0, 1, 3):  # 3: stored nowhere
+    which = slice(group % 3, group % 3 + 1)
+    cache = prefill(
+        weights, config, cache, prompts[which], lengths[which] - 1,
+        np.array([group], np.int32),
+    )
   step = jax.jit(decoder.decode_step, static_argnums=1)
-  assert logits.dtype == dtype
   for i in range(6):
-    want = full[np.arange(3), lengths + i - 1]
+    ages = np.maximum(np.array([[i, i - 1]] * 3), 0)
+    at = lengths[:, None] + ages - 1
+    tokens = np.stack([row[here] for row, here in zip(rows, at)])
+    logits, cache = step(
+        weights, config, cache, tokens, lengths - 1, ages, (i + 4) % 6
+    )
+    assert logits.dtype == dtype
+    want = full[np.arange(3)[:, None], at]
     np.testing.assert_allclose(logits, want, rtol=0, atol=tolerance)
-    tokens = np.array([row[n + i] for row, n in zip(rows, lengths)])
-    logits, cache = step(params, config, cache, tokens, lengths + i)
-    np.testing.assert_array_equal(cache.lengths, lengths + i + 1)
 
 
 def test_a_mesh_of_all_axes_gives_what_one_device_gives():
@@ -214,13 +227,18 @@ def test_a_mesh_of_all_axes_gives_what_one_device_gives():
   def run(params, streams, lengths):
     logps = lambda p: scoring.token_logps(p, config, streams)
     grads = jax.grad(lambda p: (logps(p) ** 2).sum())(params)
-    cache = decoder.init_cache(config, 8, 5)
-    logits, cache = decoder.prefill(
-        params, config, streams.tokens, lengths, cache
+    cache = decoder.init_cache(
+        config, groups=8, slots=2, prompt_length=3, own_length=2
     )
-    best = jnp.argmax(logits, -1)
-    after, cache = decoder.decode_step(params, config, cache, best, lengths)
-    return grads, (logps(params), logits, after, cache)
+    weights = decoder.unstack_layers(params, jnp.float32)
+    cache = decoder.prefill(
+        weights, config, cache, streams.tokens, lengths, jnp.zeros(8, int)
+    )
+    tokens, ages = streams.tokens[:, :2], jnp.zeros((8, 2), int)
+    after, cache = decoder.decode_step(
+        weights, config, cache, tokens, lengths, ages, 0
+    )
+    return grads, (logps(params), after, cache)
 
   want = jax.jit(run)(params, streams, lengths)
   with jax.set_mesh(mesh):

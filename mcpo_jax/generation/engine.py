@@ -3,15 +3,35 @@
 Groups of slots decode side by side. A group holds one prompt, prefilled once,
 and its slots decode samples of that prompt, each with a cache of its own
 tokens alone; a slot whose sample ends takes the prompt's next sample, a group
-whose samples have all ended takes the next prompt. Shapes never change, so few
-programs are compiled however requests come. Token ids only, one thread.
+whose samples have all ended takes the next prompt. Shapes change only while
+nothing is under way or for a longer prompt, and then along a short ladder, so
+few programs are compiled however requests come. Token ids only, one thread.
 """
 
-from typing import NamedTuple
+import collections
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from mcpo_jax import errors, sharding
+from mcpo_jax.generation import sampler
 from mcpo_jax.generation.sampling import Sampling
+from mcpo_jax.models import decoder
+from mcpo_jax.models.config import ModelConfig
+from mcpo_jax.types import Params
+
+_SHORTEST = 64  # the ladder of prompt lengths: 64, 128, 256, ...
+_WIDEST = 8  # the most slots of a group
+MAX_STOP_IDS = 16  # of a request, beside the engine's own
+COLDEST = 1e-3  # temperature above 0: below it float32 tells nothing apart
+
+Models = tuple[tuple[Params, float], ...]
 
 
 class Request(NamedTuple):
@@ -39,20 +59,393 @@ class Progress(NamedTuple):
   version: int  # of the weights that wrote it, all of it
 
 
+class _Job:
+  """A request and how far it is."""
+
+  def __init__(self, request: Request):
+    self.request = request
+    self.waiting = collections.deque(range(len(request.sample_indices)))
+    self.left = len(request.sample_indices)  # samples that have not ended
+
+
 class Engine:
   """The slots and the queue before them.
 
   update(models, version) -> None: models is a tuple of (params, weight);
     refused (ServiceError `service.busy`) while a sample is under way: the
     caller stops submitting, steps until `idle`, then updates. So a sample is
-    of one version.
+    of one version. The weights are copied.
   submit(request) -> None: queues it. ServiceError `request.*` for what can not
     be served: checked before anything is compiled.
   cancel(request_id, sample=None) -> None: frees its slots at once; nothing
     more is told of it. With `sample`, that sample alone (a stop string).
   step(max_tokens) -> list[Progress]: refills what is free, decodes at most
-    max_tokens tokens in every slot, fewer when a slot ends that someone waits
+    max_tokens tokens in every slot, fewer when slots ended that someone waits
     for. NonFiniteError `generation.non_finite`: the model gave NaN or
-    infinity; no sample of that step is told.
+    infinity; no sample of that step is told, and all requests are dropped.
   idle -> bool, num_active -> int (samples), num_waiting -> int (samples).
   """
+
+  def __init__(
+      self,
+      config: ModelConfig,
+      models: Models,
+      version: int,
+      *,
+      max_new_tokens: int,
+      stop_ids: Sequence[int],
+      vocab_size: int | None = None,
+      compute_dtype: Any = jnp.float32,
+      num_slots: int = 64,
+      mesh: Mesh | None = None,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      config: of all the models.
+      models: tuple of (params, weight). Tokens are drawn from the law whose
+        log-probabilities are the weighted sum of theirs; the first model is
+        the raw policy.
+      version: of these weights, for example the policy step.
+      max_new_tokens: C, the most that a request may ask for.
+      stop_ids: tokens that end every sample.
+      vocab_size: ids of the tokenizer; see sampler.make_kernels.
+      compute_dtype: of products, activations and the cache.
+      num_slots: samples decoded together, about; the number of groups is
+        always a multiple of the mesh's batch axes.
+      mesh: from sharding.make_mesh; groups are split over "data" and "fsdp".
+    """
+    self._config, self._mesh = config, mesh
+    self._max_new, self._dtype = max_new_tokens, compute_dtype
+    self._num_tokens = vocab_size or config.vocab_size
+    self._stop_ids = sorted(set(stop_ids))
+    self._parts = 1
+    if mesh is not None:
+      self._parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    self._num_slots = num_slots
+    self._kernels = sampler.make_kernels(
+        config, compute_dtype=compute_dtype, vocab_size=vocab_size, mesh=mesh
+    )
+    self._jobs: dict[int, _Job] = {}
+    self._clock = 0
+    self._clear()
+    self.update(models, version)
+
+  def update(self, models: Models, version: int) -> None:
+    """Serves these weights from now on; see the class."""
+    if self.num_active:
+      raise errors.ServiceError(
+          "service.busy",
+          "the weights cannot change while samples are under way",
+          where="update",
+          got=f"{self.num_active} samples",
+      )
+    self._clear()
+    with self._context():
+      self._models = tuple(self._copy(params) for params, _ in models)
+    self._weights = np.array([weight for _, weight in models], np.float32)
+    self._version = version
+
+  def submit(self, request: Request) -> None:
+    """Queues a request; see the class."""
+    self.check(request)
+    self._jobs[request.request_id] = _Job(request)
+
+  def cancel(self, request_id: int, sample: int | None = None) -> None:
+    """Ends a request or one of its samples; see the class."""
+    job = self._jobs.get(request_id)
+    if job is None:  # it has ended
+      return
+    for waits in [s for s in job.waiting if sample in (None, s)]:
+      job.waiting.remove(waits)
+      self._count_out(job)
+    for place, (held, held_sample) in list(self._held.items()):
+      if held is job and sample in (None, held_sample):
+        self._free(place)
+
+  @property
+  def num_active(self) -> int:
+    return len(self._held)
+
+  @property
+  def num_waiting(self) -> int:
+    return sum(len(job.waiting) for job in self._jobs.values())
+
+  @property
+  def idle(self) -> bool:
+    return not self._jobs
+
+  def step(self, max_tokens: int) -> list[Progress]:
+    """Refills and decodes; see the class."""
+    self._refill()
+    if not self._held:
+      return []
+    for group, job in enumerate(self._prompts):
+      self._slots.wanted[group] = job is not None and bool(job.waiting)
+    self._slots.queued[...] = any(job.waiting for job in self._jobs.values())
+    with self._context():
+      self._memory, drawn = self._kernels.decode(
+          self._models, self._weights, self._memory, self._put(self._slots),
+          np.int32(self._clock), np.int32(min(max_tokens, sampler.STRETCH)),
+      )
+    drawn = jax.tree.map(np.asarray, drawn)
+    self._clock = (self._clock + int(drawn.numbers.max())) % self._max_new
+    return self._tell(drawn)
+
+  def _tell(self, drawn: sampler.Drawn) -> list[Progress]:
+    told = []
+    for place, (job, sample) in self._held.items():
+      number = drawn.numbers[place]
+      tokens, *logps = (x[:number, *place].copy() for x in drawn[2:])
+      if not np.isfinite(logps).all():
+        self._jobs.clear()
+        self._clear()
+        raise errors.NonFiniteError(
+            "generation.non_finite",
+            "the model gave log-probabilities that are not finite",
+            where=f"weights of version {self._version}",
+            got=f"request {job.request.request_id}",
+        )
+      reason = None
+      if drawn.ended[place]:
+        stopped = tokens[-1] in self._slots.stop_ids[place]
+        reason = "stop" if stopped else "length"
+      told.append(Progress(
+          job.request.request_id, sample, tokens, *logps, reason, self._version
+      ))
+      self._slots.tokens[place] = tokens[-1]
+      self._slots.counts[place] += number
+    for place in zip(*np.nonzero(drawn.ended)):
+      self._free(tuple(map(int, place)))
+    return told
+
+  # --- who sits where ---------------------------------------------------------
+
+  def _clear(self) -> None:
+    """Empties the slots and gives their memory back."""
+    self._memory = self._slots = None
+    self._held: dict[tuple[int, int], tuple[_Job, int]] = {}
+    self._prompts: list[_Job | None] = []  # whose prompt each group has
+
+  def _free(self, place: tuple[int, int]) -> None:
+    """Empties a slot; what its sample asked for costs nothing any more."""
+    job, _ = self._held.pop(place)
+    self._slots.active[place] = False
+    self._ask(place, Sampling())
+    self._count_out(job)
+
+  def _count_out(self, job: _Job) -> None:
+    job.left -= 1
+    if not job.left:
+      del self._jobs[job.request.request_id]
+
+  def _refill(self) -> None:
+    """Gives free slots the samples that wait."""
+    waiting = [job for job in self._jobs.values() if job.waiting]
+    if not waiting:
+      return
+    self._make_room(waiting)
+    for group, job in enumerate(self._prompts):
+      if job is not None:
+        self._seat(group, job)
+    size = len(self._prompts) // self._parts
+    while True:
+      busy = {group for group, _ in self._held}
+      batch = []  # one free group of each part, as far as there are some
+      for first in range(0, len(self._prompts), size):
+        free = [g for g in range(first, first + size) if g not in busy]
+        waiting = [job for job in waiting if job.waiting]
+        if free and waiting:
+          # A prompt that no group has comes first; the oldest of those.
+          job = min(waiting, key=self._prompts.count)
+          self._prompts[free[0]] = job
+          self._seat(free[0], job)
+          batch.append((free[0], job.request))
+      if not batch:
+        return
+      self._prefill(batch, size)
+
+  def _make_room(self, waiting: list[_Job]) -> None:
+    """Lays the slots out anew if all are free; grows them for long prompts."""
+    longest = max(len(job.request.prompt) for job in waiting)
+    length = _rung(longest)
+    if self._held:
+      if length > self._memory.prompts.shape[1]:
+        with self._context():
+          self._memory = self._kernels.grow(self._memory, length)
+      return
+    # Slots of a group share the product with the prompt's keys, but those that
+    # end early wait for the last: with a queue, half as many slots take turns.
+    samples = max(len(job.waiting) for job in waiting)
+    width = min(_WIDEST, samples, max(1, self._num_slots // self._parts))
+    width = 2 ** (width.bit_length() - 1)
+    if sum(len(job.waiting) for job in waiting) > self._num_slots:
+      width = max(1, width // 2)
+    groups = max(1, self._num_slots // (width * self._parts)) * self._parts
+    self._prompts = [None] * groups
+    shape = groups, width
+    if self._slots is None or (
+        (*shape, length) != (*self._slots.active.shape,
+                             self._memory.prompts.shape[1])
+    ):
+      self._memory = None  # before the new one is made
+      with self._context():
+        self._memory = self._kernels.init(
+            *shape, length, self._max_new, len(self._models)
+        )
+    self._slots = _empty_slots(*shape, len(self._stop_ids) + MAX_STOP_IDS)
+
+  def _seat(self, group: int, job: _Job) -> None:
+    """Begins samples of the group's prompt in its free slots."""
+    request, slots = job.request, self._slots
+    for slot in range(slots.active.shape[1]):
+      place = group, slot
+      if not job.waiting or place in self._held:
+        continue
+      sample = job.waiting.popleft()
+      self._held[place] = job, sample
+      slots.active[place] = True
+      slots.tokens[place] = request.prompt[-1]
+      slots.counts[place] = 0
+      slots.seeds[place] = request.seed
+      slots.sample_index[place] = request.sample_indices[sample]
+      self._ask(place, request.sampling)
+    slots.prompt_lengths[group] = len(request.prompt) - 1
+    slots.prompt_ids[group] = request.prompt_id
+
+  def _ask(self, place: tuple[int, int], how: Sampling) -> None:
+    """Sets how the sample of a slot is drawn."""
+    slots = self._slots
+    for name in sampler.SETTINGS:
+      getattr(slots, name)[place] = getattr(how, name)
+    slots.max_new_tokens[place] = how.max_new_tokens or self._max_new
+    stops = [*self._stop_ids, *how.stop_ids]
+    slots.stop_ids[place] = -1
+    slots.stop_ids[place][: len(stops)] = stops
+
+  def _prefill(self, batch: list[tuple[int, Request]], size: int) -> None:
+    """Runs prompts, at most one in each part of the groups."""
+    width = _rung(max(len(request.prompt) for _, request in batch))
+    tokens = np.zeros((self._parts, width), np.int32)
+    lengths = np.zeros(self._parts, np.int32)
+    groups = np.full(self._parts, size, np.int32)  # nowhere
+    for group, request in batch:
+      part, groups[part] = divmod(group, size)
+      ids = request.prompt[:-1]  # the last is the first that a slot runs
+      tokens[part, : len(ids)], lengths[part] = ids, len(ids)
+    with self._context():
+      self._memory = self._kernels.prefill(
+          self._models, self._memory, *self._put((tokens, lengths, groups))
+      )
+
+  # --- devices ----------------------------------------------------------------
+
+  def _context(self):
+    if self._mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self._mesh)
+
+  def _put(self, arrays):
+    """Host arrays where the compiled functions want them."""
+    if self._mesh is None:
+      return arrays
+    split = sharding.batch_sharding(self._mesh)
+    whole = sharding.replicated(self._mesh)
+    return jax.tree.map(
+        lambda x: sharding.put_global(x, split if x.ndim else whole), arrays
+    )
+
+  def _copy(self, params: Params) -> Params:
+    """The weights as the kernels read them, on this engine's devices."""
+    if self._mesh is None:
+      return _unstack(params, self._dtype)
+    shapes = decoder.param_shapes(self._config)
+    placed = sharding.infer_shardings(shapes, decoder.PARAM_RULES, self._mesh)
+    params = jax.device_put(params, placed)
+    return _unstack(params, self._dtype)
+
+  # --- what can be served -----------------------------------------------------
+
+  def check(self, request: Request) -> None:
+    """Refuses what can not be served.
+
+    Raises:
+      ServiceError: `request.FIELD`, with FIELD of Request or of Sampling.
+    """
+
+    def refuse(field, message, **kw):
+      return errors.ServiceError(
+          f"request.{field}", message,
+          where=f"{field} of request {request.request_id}", **kw,
+      )
+
+    if request.request_id in self._jobs:
+      raise refuse("request_id", "a request with this id is being served")
+    how, prompt = request.sampling, np.asarray(request.prompt)
+    new = how.max_new_tokens
+    if not 1 <= new <= self._max_new:
+      raise refuse(
+          "max_new_tokens", "max_new_tokens is out of range", got=new,
+          want=f"1 to {self._max_new}",
+      )
+    positions = self._config.max_positions
+    if not 1 <= len(prompt) <= positions - new:
+      raise refuse(
+          "prompt", "the prompt does not fit the context beside its completion",
+          got=f"{len(prompt)} tokens",
+          want=f"1 to {positions - new}: {positions} positions less {new} new",
+      )
+    if prompt.min() < 0 or prompt.max() >= self._num_tokens:
+      raise refuse(
+          "prompt", "the prompt has a token id outside the vocabulary",
+          want=f"0 to {self._num_tokens - 1}",
+      )
+    if np.shape(request.prompt_id) != (2,):
+      raise refuse(
+          "prompt_id", "a prompt id of two words is needed",
+          got=np.shape(request.prompt_id), want=(2,),
+      )
+    stops_known = all(0 <= i < self._num_tokens for i in how.stop_ids)
+    temperature, penalty = how.temperature, how.repetition_penalty
+    for field, value, right, want in (
+        ("sample_indices", len(request.sample_indices),
+         len(request.sample_indices) >= 1, "at least one"),
+        ("temperature", temperature,
+         temperature == 0 or COLDEST <= temperature < math.inf,
+         f"0 (greedy) or {COLDEST} and more"),
+        ("top_k", how.top_k, how.top_k >= 0, "0 (all) or more"),
+        ("top_p", how.top_p, 0 < how.top_p <= 1, "above 0 and at most 1"),
+        ("min_p", how.min_p, 0 <= how.min_p <= 1, "0 to 1"),
+        ("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0"),
+        ("min_new_tokens", how.min_new_tokens,
+         0 <= how.min_new_tokens <= new, f"0 to {new}, the most tokens"),
+        ("stop_ids", how.stop_ids,
+         stops_known and len(how.stop_ids) <= MAX_STOP_IDS,
+         f"at most {MAX_STOP_IDS} ids of 0 to {self._num_tokens - 1}"),
+        ("seed", request.seed, 0 <= request.seed < 2**32, "0 to 2^32 - 1"),
+    ):
+      if not right:
+        raise refuse(field, f"{field} is out of range", got=value, want=want)
+
+
+_unstack = jax.jit(decoder.unstack_layers, static_argnums=1)
+
+
+def _rung(length: int) -> int:
+  return max(_SHORTEST, 2 ** math.ceil(math.log2(length)))
+
+
+def _empty_slots(groups: int, width: int, num_stops: int) -> sampler.Slots:
+  """Slots that nobody has, as numpy arrays that are written in place."""
+  shape = groups, width
+  floats = lambda value: np.full(shape, value, np.float32)
+  ints = lambda dtype=np.int32: np.zeros(shape, dtype)
+  return sampler.Slots(
+      active=ints(bool), tokens=ints(), counts=ints(), seeds=ints(np.uint32),
+      sample_index=ints(), temperature=floats(1), top_k=ints(),
+      top_p=floats(1), min_p=floats(0), repetition_penalty=floats(1),
+      min_new_tokens=ints(), max_new_tokens=ints(),
+      stop_ids=np.full((*shape, num_stops), -1, np.int32), wanted=ints(bool),
+      queued=np.zeros((), bool), prompt_lengths=np.zeros(groups, np.int32),
+      prompt_ids=np.zeros((groups, 2), np.uint32),
+  )

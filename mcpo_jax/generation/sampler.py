@@ -1,17 +1,19 @@
-"""Prefill and decode in one compiled call; token ids only, no text.
+"""The compiled parts of generation: prefill of prompts, a stretch of decoding.
 
-Letters beside those of types.py: R prompts of the call, N samples of each,
-rows = R * N sequences that are decoded together.
+Token ids only. What is large lives on the device from call to call (`Memory`);
+what is small and changes with every request comes from the host (`Slots`).
+
+Letters beside those of types.py: G groups of W slots, K stop tokens of a slot,
+T tokens of a stretch.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from mcpo_jax import sharding
 from mcpo_jax.generation import sampling
@@ -20,163 +22,289 @@ from mcpo_jax.models.config import ModelConfig
 
 Array = jax.Array
 
+STRETCH = 64  # the most tokens of a slot that one call decodes
 
-class Samples(NamedTuple):
-  """Completions as ids. Behaviour is the law drawn from, raw the policy."""
-
-  tokens: Array  # [R, N, C] int32, pad after the end
-  mask: Array  # [R, N, C] bool, True up to and including the stop token
-  behaviour_logps: Array  # [R, N, C] nats, 0 after the end
-  behaviour_raw_logps: Array  # [R, N, C] nats, 0 after the end
+# Fields that Slots have from sampling.Sampling, as they are.
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty",
+            "min_new_tokens")
 
 
-class _State(NamedTuple):
-  """What the decoding loop carries."""
+class Memory(NamedTuple):
+  """What stays on the device."""
 
-  position: Array  # [] tokens of the completions so far
-  last: Array  # [rows] int32, the newest token of each row
   caches: tuple[decoder.Cache, ...]  # one per model
-  done: Array  # [rows] bool
-  samples: Samples  # [rows, C] each
+  prompts: Array  # [G, P] int32, in the cache
+  own: Array  # [G, W, C] int32, tokens in the own part of the cache
 
 
-def make_generate_fn(
+class Slots(NamedTuple):
+  """The sample of each slot. A slot without one is not active."""
+
+  active: Array  # [G, W] bool
+  tokens: Array  # [G, W] int32, the newest token, not yet run
+  counts: Array  # [G, W] int32, tokens drawn so far
+  seeds: Array  # [G, W] uint32
+  sample_index: Array  # [G, W] int32
+  temperature: Array  # [G, W] float32, and so on: see sampling.Sampling
+  top_k: Array
+  top_p: Array
+  min_p: Array
+  repetition_penalty: Array
+  min_new_tokens: Array
+  max_new_tokens: Array  # at most C
+  stop_ids: Array  # [G, W, K] int32, -1 on empty places
+  wanted: Array  # [G, W] bool, the prompt has further samples to begin
+  queued: Array  # [] bool, further prompts wait for a group
+  prompt_lengths: Array  # [G] int32, in the cache: all but the last token
+  prompt_ids: Array  # [G, 2] uint32
+
+
+class Drawn(NamedTuple):
+  """The tokens of a stretch: of each slot the first `numbers`."""
+
+  numbers: Array  # [G, W] int32
+  ended: Array  # [G, W] bool, by a stop token or its limit
+  tokens: Array  # [T, G, W] int32
+  behaviour_logps: Array  # [T, G, W] nats, of the law that was drawn from
+  behaviour_raw_logps: Array  # [T, G, W] nats, of the first model
+
+
+class Kernels(NamedTuple):
+  """The compiled functions; memory that is handed to them is used up.
+
+  init(groups, slots, prompt_length, own_length, number of models) -> Memory.
+  grow(memory, prompt_length) -> Memory, for longer prompts.
+  prefill(models, memory, tokens [F, T], lengths [F], groups [F]) -> Memory; see
+    decoder.prefill. Compiled once per T and shape of the memory.
+  decode(models, weights [number of models], memory, slots, clock [],
+    max_tokens []) -> (Memory, Drawn). clock counts the steps of all calls.
+    Compiled once per shape of the memory.
+  """
+
+  init: Callable[..., Memory]
+  grow: Callable[..., Memory]
+  prefill: Callable[..., Memory]
+  decode: Callable[..., tuple[Memory, Drawn]]
+
+
+@functools.cache
+def make_kernels(
     config: ModelConfig,
     *,
-    max_completion_length: int,
-    stop_ids: Sequence[int],
-    pad_id: int,
     compute_dtype: Any = jnp.float32,
     vocab_size: int | None = None,
     mesh: Mesh | None = None,
-) -> Callable[..., Samples]:
-  """Makes the compiled sampler of one architecture.
+) -> Kernels:
+  """Makes the compiled functions of one architecture.
 
   Args:
     config: of all the models.
-    max_completion_length: C, the stop token included.
-    stop_ids: tokens that end a completion; any number of them.
-    pad_id: what stands after the end; it may be a stop id.
     compute_dtype: of products, activations and the cache.
     vocab_size: ids of the tokenizer; rows of the embedding beyond it are never
       drawn. None: all rows may be.
-    mesh: if given, the outputs are whole on every device of it. Call it under
-      `jax.set_mesh(mesh)` with rows split over ("data", "fsdp").
+    mesh: groups are split over ("data", "fsdp"), heads as the weights are.
+      Call the functions under `jax.set_mesh(mesh)`.
 
   Returns:
-    generate(models, key, tokens, lengths, prompt_ids, sample_index, *,
-    temperature, top_p) -> Samples, with
-
-      models: tuple of (params, weight). Tokens are drawn from the law whose
-        log-probabilities are the weighted sum of theirs; the first model is
-        the raw policy.
-      key: [] typed key made from the seed.
-      tokens: [R, P] int32, padded on the right.
-      lengths: [R] int32, at least 1.
-      prompt_ids: [R, 2] uint32.
-      sample_index: [R, N] int32. A sample depends on the weights, the seed,
-        its prompt, its prompt id and its index, on nothing else of the call.
-      temperature, top_p: [] see sampling.behaviour_logps.
-
-    A prompt is prefilled once for its N samples. Decoding stops when all rows
-    have ended. Compiled once per (R, N, P, number of models).
+    Kernels, the same for the same arguments. A sample depends on the weights
+    of the models, its seed, prompt, prompt id, index and sampling alone.
   """
-  stops = np.array(sorted(set(stop_ids)), np.int32)
-  batch = sharding.BATCH_SPEC[0]
+  beyond = None
+  if vocab_size is not None and vocab_size < config.vocab_size:
+    beyond = jnp.arange(config.vocab_size)[None] >= vocab_size
 
-  def generate(
-      models, key, tokens, lengths, prompt_ids, sample_index, *,
-      temperature, top_p,
-  ):
-    num_prompts, num_samples = sample_index.shape
-    rows, length = num_prompts * num_samples, tokens.shape[1]
-    params, weights = zip(*models)
-    repeat = lambda x, axis=0: jnp.repeat(x, num_samples, axis=axis)
-    keys = sampling.row_keys(key, repeat(prompt_ids), sample_index.reshape(-1))
-    starts = repeat(lengths)
+  def init(groups, slots, prompt_length, own_length, number):
+    cache = lambda: decoder.init_cache(
+        config, groups=groups, slots=slots, prompt_length=prompt_length,
+        own_length=own_length, dtype=compute_dtype,
+    )
+    return pinned(Memory(
+        caches=tuple(cache() for _ in range(number)),
+        prompts=jnp.zeros((groups, prompt_length), jnp.int32),
+        own=jnp.zeros((groups, slots, own_length), jnp.int32),
+    ))
 
-    def prefill(params):
-      """One prefill per prompt; its cache repeated for the samples."""
-      cache = decoder.init_cache(
-          config, num_prompts, length + max_completion_length, compute_dtype
+  def grow(memory, prompt_length):
+    """Room for longer prompts beside what is there."""
+    longer = prompt_length - memory.prompts.shape[1]
+
+    def pad(x, axis):
+      return jnp.pad(x, [(0, longer * (i == axis)) for i in range(x.ndim)])
+
+    return pinned(memory._replace(
+        caches=tuple(
+            c._replace(
+                prompt_keys=tuple(pad(x, 3) for x in c.prompt_keys),
+                prompt_values=tuple(pad(x, 2) for x in c.prompt_values),
+            )
+            for c in memory.caches
+        ),
+        prompts=pad(memory.prompts, 1),
+    ))
+
+  def pinned(memory):
+    """Groups over the batch axes, heads over "tensor" where it divides them."""
+    if mesh is None:
+      return memory
+    split = config.num_kv_heads % mesh.shape["tensor"] == 0
+    heads = "tensor" if split else None
+    groups = sharding.BATCH_SPEC[0]
+    pin = lambda tree, *spec: jax.tree.map(
+        lambda x: sharding.constrain(x, groups, *spec), tree
+    )
+    return Memory(
+        caches=tuple(
+            decoder.Cache(
+                pin(c.prompt_keys, heads), pin(c.prompt_values, heads),
+                pin(c.own_keys, None, heads), pin(c.own_values, None, heads),
+            )
+            for c in memory.caches
+        ),
+        prompts=pin(memory.prompts),
+        own=pin(memory.own),
+    )
+
+  def prefill(models, memory, tokens, lengths, groups):
+    parts, width = tokens.shape
+    prompts = memory.prompts.reshape(parts, -1, memory.prompts.shape[1])
+    prompts = prompts.at[jnp.arange(parts), groups, :width].set(
+        tokens, mode="drop"
+    )
+    return pinned(memory._replace(
+        caches=tuple(
+            decoder.prefill(params, config, cache, tokens, lengths, groups)
+            for params, cache in zip(models, memory.caches)
+        ),
+        prompts=prompts.reshape(memory.prompts.shape),
+    ))
+
+  def choose(logits, weights, rows, active, seen):
+    """Draws one token of every row: tokens [R] and both log-probs [R]."""
+    raw = logits[0]
+
+    def directly():
+      tokens, logps = sampling.draw(raw, rows)
+      return tokens, logps, logps
+
+    def in_full():
+      if len(logits) == 1:
+        mixed = weights[0] * raw
+      else:
+        logps = [jax.nn.log_softmax(x, axis=-1) for x in logits]
+        mixed = sum(weight * x for weight, x in zip(weights, logps))
+      mixed = mixed.astype(raw.dtype)
+      if beyond is not None:
+        mixed = jnp.where(beyond, -jnp.inf, mixed)
+      tokens, logps = sampling.draw(sampling.law(mixed, rows, seen), rows)
+      of_raw = jnp.take_along_axis(raw, tokens[:, None], axis=1)[:, 0]
+      return tokens, logps, of_raw - jax.nn.logsumexp(raw, axis=-1)
+
+    if len(logits) > 1 or beyond is not None:
+      return in_full()
+    simple = jnp.all(sampling.plain(rows) | ~active) & (weights[0] == 1)
+    return jax.lax.cond(simple, directly, in_full)
+
+  def decode(models, weights, memory, slots, clock, max_tokens):
+    shape = slots.active.shape
+    flat = lambda x: x.reshape(shape[0] * shape[1], *x.shape[2:])
+    ids = jnp.broadcast_to(slots.prompt_ids[:, None], (*shape, 2))
+    keys = sampling.row_keys(
+        flat(slots.seeds), flat(ids), flat(slots.sample_index)
+    )
+    own_length = memory.own.shape[2]
+
+    def seen(own, column, counts):
+      """[G * W, V] of the tokens in the cache."""
+      age = jnp.mod(column - jnp.arange(own_length), own_length)[None, None]
+      own = jnp.where(age <= counts[..., None], own, config.vocab_size)
+      place = jnp.arange(memory.prompts.shape[1])[None]
+      prompts = jnp.where(
+          place < slots.prompt_lengths[:, None], memory.prompts,
+          config.vocab_size,
       )
-      _, cache = decoder.prefill(params, config, tokens, lengths, cache)
-      return decoder.Cache(
-          keys=_pin_rows(repeat(cache.keys, 1), batch),
-          values=_pin_rows(repeat(cache.values, 1), batch),
-          lengths=repeat(cache.lengths),
+      prompts = jnp.broadcast_to(
+          prompts[:, None], (*shape, prompts.shape[1])
+      )
+      tokens = flat(jnp.concatenate([prompts, own], axis=-1))
+      index = jnp.arange(len(tokens))[:, None]
+      none = jnp.zeros((len(tokens), config.vocab_size), bool)
+      return none.at[index, tokens].set(True, mode="drop")
+
+    def goes_on(carry):
+      step, idle, _, slots, _ = carry
+      # Going back for new samples costs about what an eighth of a step does.
+      return (
+          (step < max_tokens)
+          & jnp.any(slots.active)
+          & (idle * 8 < slots.active.size)
       )
 
-    def choose(state, logits):
-      """Draws the token at state.position of every row that goes on."""
-      logps = [jax.nn.log_softmax(x, axis=-1) for x in logits]
-      mixed = sum(weight * x for weight, x in zip(weights, logps))
-      if vocab_size is not None:
-        known = jnp.arange(mixed.shape[-1])[None] < vocab_size
-        mixed = jnp.where(known, mixed, -jnp.inf)
-      law = sampling.behaviour_logps(
-          mixed, temperature=temperature, top_p=top_p
-      )
-      drawn = sampling.draw(keys, law, position=state.position)
-      pick = lambda x: jnp.take_along_axis(x, drawn[:, None], axis=-1)[:, 0]
-      new = Samples(
-          tokens=jnp.where(state.done, pad_id, drawn),
-          mask=~state.done,
-          behaviour_logps=jnp.where(state.done, 0.0, pick(law)),
-          behaviour_raw_logps=jnp.where(state.done, 0.0, pick(logps[0])),
-      )
-      return state._replace(
-          position=state.position + 1,
-          last=drawn,
-          done=state.done | jnp.isin(drawn, stops),
-          samples=jax.tree.map(
-              lambda whole, x: whole.at[:, state.position].set(x),
-              state.samples,
-              new,
-          ),
-      )
-
-    def goes_on(state):
-      return (state.position < max_completion_length) & ~jnp.all(state.done)
-
-    def step(state):
-      # The first step runs the last token of the prompt again, on purpose: so
-      # there is one place that draws, and it is compiled once.
+    def one_more(carry):
+      step, idle, memory, slots, drawn = carry
+      column = jnp.mod(clock + step, own_length)
       results = [
           decoder.decode_step(
-              p, config, cache, state.last, starts + state.position - 1
+              params, config, cache, slots.tokens, slots.prompt_lengths,
+              slots.counts, column,
           )
-          for p, cache in zip(params, state.caches)
+          for params, cache in zip(models, memory.caches)
       ]
       logits, caches = zip(*results)
-      return choose(state._replace(caches=caches), logits)
+      own = jax.lax.dynamic_update_slice_in_dim(
+          memory.own, slots.tokens[..., None], column, 2
+      )
+      rows = sampling.Rows(
+          keys=keys,
+          positions=flat(slots.counts),
+          may_stop=flat(slots.counts >= slots.min_new_tokens),
+          stop_ids=flat(slots.stop_ids),
+          **{n: flat(getattr(slots, n)) for n in SETTINGS[:-1]},
+      )
+      chosen = choose(
+          [flat(x) for x in logits], weights, rows, flat(slots.active),
+          lambda: seen(own, column, slots.counts),
+      )
+      tokens, *logps = (x.reshape(shape) for x in chosen)
+      counts = slots.counts + 1
+      ended = jnp.any(tokens[..., None] == slots.stop_ids, axis=-1)
+      ended = slots.active & (ended | (counts >= slots.max_new_tokens))
+      write = lambda whole, x: jax.lax.dynamic_update_index_in_dim(
+          whole, x, step, 0
+      )
+      drawn = Drawn(
+          numbers=drawn.numbers + slots.active,
+          ended=drawn.ended | ended,
+          tokens=write(drawn.tokens, tokens),
+          behaviour_logps=write(drawn.behaviour_logps, logps[0]),
+          behaviour_raw_logps=write(drawn.behaviour_raw_logps, logps[1]),
+      )
+      slots = slots._replace(
+          active=slots.active & ~ended, tokens=tokens, counts=counts
+      )
+      emptied = slots.queued & ~jnp.any(slots.active, axis=1, keepdims=True)
+      missed = drawn.ended & (slots.wanted | emptied)
+      idle = idle + jnp.sum(missed, dtype=jnp.int32)
+      return step + 1, idle, Memory(caches, memory.prompts, own), slots, drawn
 
-    shape = (rows, max_completion_length)
+    zero = jnp.zeros((), jnp.int32)
     wide = jnp.promote_types(compute_dtype, jnp.float32)
-    final = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
-    state = _State(
-        position=jnp.zeros((), jnp.int32),
-        last=repeat(final),
-        caches=tuple(prefill(p) for p in params),
-        done=jnp.zeros(rows, bool),
-        samples=Samples(
-            tokens=jnp.full(shape, pad_id, jnp.int32),
-            mask=jnp.zeros(shape, bool),
-            behaviour_logps=jnp.zeros(shape, wide),
-            behaviour_raw_logps=jnp.zeros(shape, wide),
-        ),
+    drawn = Drawn(
+        numbers=jnp.zeros(shape, jnp.int32),
+        ended=jnp.zeros(shape, bool),
+        tokens=jnp.zeros((STRETCH, *shape), jnp.int32),
+        behaviour_logps=jnp.zeros((STRETCH, *shape), wide),
+        behaviour_raw_logps=jnp.zeros((STRETCH, *shape), wide),
     )
-    state = jax.lax.while_loop(goes_on, step, state)
-    return jax.tree.map(
-        lambda x: x.reshape(num_prompts, num_samples, -1), state.samples
+    carry = jax.lax.while_loop(
+        goes_on, one_more, (zero, zero, memory, slots, drawn)
     )
+    return pinned(carry[2]), carry[4]
 
-  if mesh is None:
-    return jax.jit(generate)
-  return jax.jit(generate, out_shardings=sharding.replicated(mesh))
-
-
-def _pin_rows(x, batch):
-  """Keeps the rows of a cache [L, rows, ...] split, all else as it comes."""
-  free = P.UNCONSTRAINED
-  return sharding.constrain(x, free, batch, *[free] * (x.ndim - 2))
+  # What the host reads is whole on every device.
+  drawn = None if mesh is None else (None, sharding.replicated(mesh))
+  return Kernels(
+      init=jax.jit(init, static_argnums=range(5)),
+      grow=jax.jit(grow, static_argnums=1),
+      prefill=jax.jit(prefill, donate_argnums=1),
+      decode=jax.jit(decode, donate_argnums=2, out_shardings=drawn),
+  )

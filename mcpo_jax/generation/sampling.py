@@ -1,19 +1,24 @@
-"""From logits to one token per row: temperature, top-p, an addressed draw.
+"""From logits to one token per row: the law of a row and an addressed draw.
 
 Two laws are kept apart. The raw policy is softmax(logits). The behaviour law
-is what a token is drawn from: temperature first, then truncation to the
-nucleus, renormalised. Everything is log-probabilities in nats; a token without
-weight stands at -inf and is never drawn.
+is what a token is drawn from: penalised, tempered, truncated, renormalised.
+Everything is logits or log-probabilities in nats; a token without weight
+stands at -inf and is never drawn. What no row asks for is not computed.
 
-Letters: R rows, V vocabulary.
+Letters: R rows, V vocabulary, K stop tokens.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
+
+# A token is drawn in two stages: a block of this many tokens, then the token.
+BLOCK = 128
 
 
 class Sampling(NamedTuple):
@@ -39,53 +44,141 @@ class Sampling(NamedTuple):
 GREEDY = Sampling(temperature=0.0)
 
 
-def behaviour_logps(
-    logps: Array, *, temperature: Array, top_p: Array
-) -> Array:
-  """Log-probabilities of the law that tokens are drawn from.
+class Rows(NamedTuple):
+  """What differs from row to row; the fields of Sampling and the address."""
 
-  Args:
-    logps: [R, V] log-probabilities or logits, float; -inf is no weight. Every
-      row needs a finite entry.
-    temperature: [] >= 0, divides the logits; 0 puts all weight on the first
-      largest entry.
-    top_p: [] in (0, 1], mass of the nucleus: the fewest tokens, most probable
-      first, whose probabilities reach it. Of equally probable tokens those
-      with the smaller id enter first. 1 leaves nothing out.
+  temperature: Array  # [R]
+  top_k: Array  # [R] int32
+  top_p: Array  # [R]
+  min_p: Array  # [R]
+  repetition_penalty: Array  # [R]
+  stop_ids: Array  # [R, K] int32, -1 on empty places
+  may_stop: Array  # [R] bool, False before min_new_tokens
+  keys: Array  # [R] typed keys from row_keys
+  positions: Array  # [R] int32, of the token within its completion
 
-  Returns:
-    [R, V] normalised.
-  """
-  # The largest entry is 0 before the division, so no temperature overflows it.
-  top = jnp.max(logps, axis=-1, keepdims=True)
-  tiny = jnp.finfo(logps.dtype).tiny
-  tempered = (logps - top) / jnp.maximum(temperature, tiny).astype(logps.dtype)
-  best = jnp.argmax(logps, axis=-1, keepdims=True)
-  others = jnp.arange(logps.shape[-1])[None] != best
-  tempered = jnp.where((temperature == 0) & others, -jnp.inf, tempered)
-  tempered = jax.nn.log_softmax(tempered, axis=-1)
-  return jax.lax.cond(
-      top_p < 1, lambda x: _nucleus(x, top_p), lambda x: x, tempered
+
+def plain(rows: Rows) -> Array:
+  """[R] bool, True where the law is the raw policy."""
+  return (
+      (rows.temperature == 1)
+      & (rows.top_k == 0)
+      & (rows.top_p == 1)
+      & (rows.min_p == 0)
+      & (rows.repetition_penalty == 1)
+      & rows.may_stop
   )
 
 
-def _nucleus(logps, top_p):
-  """Keeps the smallest head of the sorted law that has mass top_p."""
-  order = jnp.argsort(-logps, axis=-1, stable=True)
-  probs = jnp.exp(jnp.take_along_axis(logps, order, axis=-1))
-  # The mass before a token decides, so the first is always kept. Rounding of
-  # this sum can move the edge of the nucleus, never draw what is outside it.
-  before = jnp.cumsum(probs, axis=-1) - probs
-  rows = jnp.arange(logps.shape[0])[:, None]
-  keep = jnp.zeros(logps.shape, bool).at[rows, order].set(before < top_p)
-  return jax.nn.log_softmax(jnp.where(keep, logps, -jnp.inf), axis=-1)
+def law(logits: Array, rows: Rows, seen: Callable[[], Array]) -> Array:
+  """Logits of the law that tokens are drawn from.
+
+  Args:
+    logits: [R, V] float; -inf is no weight. Every row needs a finite entry.
+    rows: how each is drawn.
+    seen: gives [R, V] bool, True on tokens of the prompt and the completion
+      so far. Called only in the branch that is run when a row is penalised.
+
+  Returns:
+    [R, V], -inf on what is never drawn. At temperature 0 they are those of
+    temperature 1; `draw` takes the best.
+  """
+  each = lambda x: x[:, None].astype(logits.dtype)
+
+  def penalised(x):
+    penalty = each(rows.repetition_penalty)
+    return jnp.where(seen(), jnp.where(x > 0, x / penalty, x * penalty), x)
+
+  def without_stops(x):
+    barred = jnp.where(rows.may_stop[:, None], -1, rows.stop_ids)
+    # A place outside the vocabulary is dropped; -1 would be its last token.
+    barred = jnp.where(barred < 0, x.shape[1], barred)
+    index = np.arange(len(x))[:, None]
+    return x.at[index, barred].set(-jnp.inf, mode="drop")
+
+  def tempered(x):
+    # The largest entry is 0 before the division, so no temperature overflows.
+    x = x - jnp.max(x, axis=-1, keepdims=True)
+    greedy = rows.temperature == 0
+    tiny = jnp.finfo(x.dtype).tiny
+    return x / each(jnp.where(greedy, 1, jnp.maximum(rows.temperature, tiny)))
+
+  def top_k(x):
+    size = jnp.where(rows.top_k == 0, x.shape[1], rows.top_k)
+    return _head(x, jnp.ones_like(x), size)
+
+  def min_p(x):
+    floor = jnp.max(x, axis=-1, keepdims=True) + jnp.log(each(rows.min_p))
+    return jnp.where(x < floor, -jnp.inf, x)
+
+  def top_p(x):
+    mass = jnp.maximum(rows.top_p, jnp.finfo(rows.top_p.dtype).tiny)
+    return _head(x, jax.nn.softmax(x, axis=-1), mass)
+
+  for asked, change in (
+      (rows.repetition_penalty != 1, penalised),
+      (~rows.may_stop, without_stops),
+      (rows.temperature != 1, tempered),
+      (rows.top_k > 0, top_k),
+      (rows.min_p > 0, min_p),
+      (rows.top_p < 1, top_p),
+  ):
+    logits = jax.lax.cond(jnp.any(asked), change, lambda x: x, logits)
+  return logits
 
 
-def row_keys(key: Array, prompt_ids: Array, sample_index: Array) -> Array:
+def _head(logits: Array, weights: Array, mass: Array) -> Array:
+  """Keeps the fewest largest logits whose weights reach a mass.
+
+  Of equal logits those with the smaller id enter first. Nothing is sorted:
+  sorting a vocabulary costs more than a small model. The last logit that
+  enters is found bit by bit, one sum over the row for each.
+
+  Args:
+    logits: [R, V].
+    weights: [R, V], at least 0.
+    mass: [R], above 0; what the weights never reach keeps all.
+
+  Returns:
+    [R, V], -inf on what is left out.
+  """
+  bits = jnp.finfo(logits.dtype).bits
+  unsigned = jnp.uint32 if bits == 32 else jnp.uint64
+  # Floats as integers of the same order: negative ones count backwards.
+  order = jax.lax.bitcast_convert_type(logits + 0.0, unsigned)
+  sign = unsigned(1 << (bits - 1))
+  order = jnp.where(order >= sign, ~order, order | sign)
+  mass = mass[:, None].astype(weights.dtype)
+  last = _last(order, weights, mass, bits)
+  above = jnp.sum(jnp.where(order > last, weights, 0), axis=-1, keepdims=True)
+  tied = order == last
+  size = logits.shape[1]
+  places = jnp.arange(size, 0, -1, dtype=jnp.uint32)[None]
+  first = _last(
+      places, jnp.where(tied, weights, 0), mass - above, size.bit_length()
+  )
+  keep = (order > last) | (tied & (places >= first))
+  return jnp.where(keep, logits, -jnp.inf)
+
+
+def _last(order, weights, mass, bits):
+  """[R, 1] largest integer such that what is not below it reaches the mass."""
+
+  def bit(i, found):
+    higher = found | (order.dtype.type(1) << (bits - 1 - i).astype(order.dtype))
+    inside = jnp.where(order >= higher, weights, 0)
+    reached = jnp.sum(inside, axis=-1, keepdims=True) >= mass
+    return jnp.where(reached, higher, found)
+
+  start = jnp.zeros_like(mass, order.dtype)
+  return jax.lax.fori_loop(0, bits, bit, start)
+
+
+def row_keys(seeds: Array, prompt_ids: Array, sample_index: Array) -> Array:
   """One key per row from its address: a row never sees its batch mates.
 
   Args:
-    key: [] typed key made from the seed.
+    seeds: [R] uint32.
     prompt_ids: [R, 2] uint32.
     sample_index: [R] int32 or uint32.
 
@@ -93,29 +186,51 @@ def row_keys(key: Array, prompt_ids: Array, sample_index: Array) -> Array:
     [R] typed keys.
   """
 
-  def one(ids, index):
-    first = jax.random.fold_in(key, ids[0])
-    return jax.random.fold_in(jax.random.fold_in(first, ids[1]), index)
+  def one(seed, ids, index):
+    key = jax.random.key(seed)
+    for part in (ids[0], ids[1], index):
+      key = jax.random.fold_in(key, part)
+    return key
 
-  return jax.vmap(one)(prompt_ids, sample_index)
+  return jax.vmap(one)(seeds, prompt_ids, sample_index)
 
 
-def draw(keys: Array, logps: Array, *, position: Array) -> Array:
-  """Draws one token per row as argmax(log-probability + Gumbel noise).
+def draw(logits: Array, rows: Rows) -> tuple[Array, Array]:
+  """Draws one token per row, with noise that its address alone decides.
+
+  First a block of tokens by the mass of each block, then a token of it: each
+  is argmax(log-mass + Gumbel noise), so the token has exactly the law, at the
+  noise of V / BLOCK + BLOCK entries instead of V.
 
   Args:
-    keys: [R] typed keys of the rows.
-    logps: [R, V] normalised, -inf on tokens without weight. A law with one
-      token gives that token.
-    position: [] index of the token within its completion, part of the address.
+    logits: [R, V], -inf on tokens without weight.
+    rows: temperature 0 takes the first largest entry; the others of the law
+      have no meaning here any more.
 
   Returns:
-    [R] int32.
+    tokens [R] int32 and their log-probabilities [R].
   """
+  size = logits.shape[1]
+  short = -size % BLOCK
+  if short:
+    logits = jnp.pad(logits, ((0, 0), (0, short)), constant_values=-jnp.inf)
+  blocks = logits.reshape(len(logits), -1, BLOCK)
+  number = blocks.shape[1]
 
-  def noise(key):
-    return jax.random.gumbel(
-        jax.random.fold_in(key, position), logps.shape[-1:], logps.dtype
-    )
+  def noise(key, position):
+    key = jax.random.fold_in(key, position)
+    return jax.random.gumbel(key, (number + BLOCK,), logits.dtype)
 
-  return jnp.argmax(logps + jax.vmap(noise)(keys), axis=-1).astype(jnp.int32)
+  greedy = (rows.temperature == 0)[:, None]
+  noise = jnp.where(greedy, 0, jax.vmap(noise)(rows.keys, rows.positions))
+  best = jnp.max(blocks, axis=-1)
+  top = jnp.max(best, axis=-1, keepdims=True)
+  masses = jnp.sum(jnp.exp(blocks - top[..., None]), axis=-1)
+  scores = jnp.where(greedy, best, jnp.log(masses) + noise[:, :number])
+  block = jnp.argmax(scores, axis=-1)[:, None]
+  within = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]
+  place = jnp.argmax(within + noise[:, number:], axis=-1)[:, None]
+  log_z = top[:, 0] + jnp.log(jnp.sum(masses, axis=-1))
+  logps = jnp.take_along_axis(within, place, axis=1)[:, 0] - log_z
+  tokens = (block * BLOCK + place)[:, 0].astype(jnp.int32)
+  return tokens, jnp.where(greedy[:, 0], 0 * logps, logps)

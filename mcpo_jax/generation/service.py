@@ -1,27 +1,26 @@
 """The generation service: prompts in, completions with their log-probs out.
 
-It holds one version of the weights, puts requests into blocks of a fixed
-number of rows and a small ladder of prompt lengths, so that few programs are
-compiled, and turns ids into text. Text is made here and nowhere below.
+It holds one version of the weights, hands requests to the engine and turns ids
+into text. Text is made here and nowhere below.
 """
 
-import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mcpo_jax import errors, sharding
-from mcpo_jax.generation import sampler
+from mcpo_jax import errors
+from mcpo_jax.generation import engine as engine_lib
+from mcpo_jax.generation import sampler, text
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import GenerationResult, Params
 
-_SHORTEST = 16  # the ladder of prompt lengths: 16, 32, 64, ...
+# Tokens decoded before stop strings are looked for: few, for what a sample
+# draws after one is thrown away.
+_LOOK_EVERY = 8
 
 
 class GenerationService:
@@ -30,7 +29,7 @@ class GenerationService:
   def __init__(
       self,
       config: ModelConfig,
-      params: Params,
+      models: Params | engine_lib.Models,
       version: int,
       *,
       max_completion_length: int,
@@ -39,46 +38,52 @@ class GenerationService:
       tokenizer: Any = None,
       vocab_size: int | None = None,
       compute_dtype: Any = jnp.float32,
-      rows_per_block: int = 64,
+      num_slots: int = 64,
       mesh: Mesh | None = None,
   ):
     """Compiles nothing yet.
 
     Args:
       config: of the model.
-      params: weights, on the mesh if there is one. Read, never changed.
+      models: see update.
       version: of these weights, for example the policy step.
       max_completion_length: C.
       stop_ids: tokens that end a completion.
       pad_id: what stands after the end.
-      tokenizer: makes the text: decode(ids, skip_special_tokens=True). None
-        gives results without text.
-      vocab_size: ids of the tokenizer; see sampler.make_generate_fn.
+      tokenizer: makes the text; see text.TextStream. None gives results
+        without text.
+      vocab_size: ids of the tokenizer; see sampler.make_kernels.
       compute_dtype: of products, activations and the cache.
-      rows_per_block: sequences decoded together, about; the number of prompts
-        in a block is always a multiple of the mesh's batch axes.
+      num_slots: sequences decoded together, about.
       mesh: from sharding.make_mesh; prompts are split over "data" and "fsdp".
+        It may be of other devices than those the weights come from.
     """
-    self._config, self._pad_id, self._mesh = config, pad_id, mesh
-    self._max_completion_length = max_completion_length
-    self._tokenizer = tokenizer
-    self._num_tokens = vocab_size or config.vocab_size
-    self._rows_per_block = rows_per_block
-    self._generate = sampler.make_generate_fn(
-        config,
-        max_completion_length=max_completion_length,
-        stop_ids=stop_ids,
-        pad_id=pad_id,
-        compute_dtype=compute_dtype,
-        vocab_size=vocab_size,
-        mesh=mesh,
+    self._pad_id, self._tokenizer = pad_id, tokenizer
+    self._stop_ids, self._length = tuple(stop_ids), max_completion_length
+    self._dtype = jnp.promote_types(compute_dtype, jnp.float32)
+    self._engine = engine_lib.Engine(
+        config, _models(models), version,
+        max_new_tokens=max_completion_length, stop_ids=stop_ids,
+        vocab_size=vocab_size, compute_dtype=compute_dtype,
+        num_slots=num_slots, mesh=mesh,
     )
-    self._stop_ids = np.array(sorted(set(stop_ids)), np.int32)
-    self.update(params, version)
+    self._version = version
 
-  def update(self, params: Params, version: int) -> None:
-    """Serves these weights from the next request on."""
-    self._params, self._version = params, version
+  def update(self, models: Params | engine_lib.Models, version: int) -> None:
+    """Serves these weights from the next request on.
+
+    They are copied, onto the service's own devices: the caller may change,
+    donate or delete its own at once.
+
+    Args:
+      models: weights, or a tuple of (weights, factor): then tokens are drawn
+        from the law whose log-probabilities are the sum of theirs times the
+        factors, and the raw policy is the first. A negative factor
+        extrapolates. Another number of models than before compiles anew.
+      version: of the weights.
+    """
+    self._engine.update(_models(models), version)
+    self._version = version
 
   def generate(
       self,
@@ -102,7 +107,8 @@ class GenerationService:
       require_version: refuse to answer with other weights.
 
     Returns:
-      GenerationResult in the order of the prompts.
+      GenerationResult in the order of the prompts. A completion that ends with
+      a stop string has the tokens up to the one that completed it.
 
     Raises:
       ServiceError: `service.version` if the weights are not those required;
@@ -117,142 +123,79 @@ class GenerationService:
           got=self._version,
           want=require_version,
       )
-    prompt_ids = np.asarray(prompt_ids, np.uint32)
-    temperature, top_p = sampling.temperature, sampling.top_p
-    self._check(prompts, prompt_ids, num_samples, temperature, top_p, seed)
-
-    num_prompts, samples = self._block_shape(num_samples)
-    shape = (len(prompts), num_samples, self._max_completion_length)
-    out = None
-    lengths = np.array([len(p) for p in prompts])
-    # Prompts of like length share a block; a short block is filled up with
-    # copies of its first row, which end when that row ends.
-    by_length = np.argsort(lengths, kind="stable")
-    for start in range(0, len(prompts), num_prompts):
-      rows = by_length[start : start + num_prompts]
-      fill = np.repeat(rows[:1], num_prompts - len(rows))
-      block = np.concatenate([rows, fill])
-      for first in range(0, num_samples, samples):
-        last = min(first + samples, num_samples)
-        indices = np.minimum(np.arange(first, first + samples), last - 1)
-        got = self._run(
-            [prompts[r] for r in block], prompt_ids[block], indices,
-            temperature, top_p, seed,
+    self._check(prompts, prompt_ids, num_samples, sampling)
+    if sampling.max_new_tokens is None:
+      sampling = sampling._replace(max_new_tokens=self._length)
+    requests = [
+        engine_lib.Request(
+            i, np.asarray(prompt, np.int32), np.asarray(prompt_id, np.uint32),
+            np.arange(num_samples, dtype=np.int32), sampling, seed,
         )
-        if out is None:
-          out = sampler.Samples(*(np.zeros(shape, x.dtype) for x in got))
-        for whole, part in zip(out, got):
-          whole[rows, first:last] = part[: len(rows), : last - first]
+        for i, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids))
+    ]
+    for request in requests:
+      self._engine.check(request)
+    for request in requests:
+      self._engine.submit(request)
+    return self._collect(len(prompts), num_samples, sampling.stop)
 
-    finite = [np.isfinite(x).all(axis=(1, 2)) for x in out[2:]]
-    if not np.all(finite):
-      raise errors.NonFiniteError(
-          "generation.non_finite",
-          "the model gave log-probabilities that are not finite",
-          where=f"weights of version {self._version}",
-          got=f"{int((~np.logical_and(*finite)).sum())} prompts",
-      )
-    return self._result(out)
-
-  def _result(self, out: sampler.Samples) -> GenerationResult:
-    ends = np.isin(out.tokens, self._stop_ids) & out.mask
-    stopped = ends.any(-1)
-    text = None
+  def _collect(self, num_prompts, num_samples, stop) -> GenerationResult:
+    """Steps until all is drawn."""
+    shape = (num_prompts, num_samples, self._length)
+    tokens = np.full(shape, self._pad_id, np.int32)
+    behaviour, raw = (np.zeros(shape, self._dtype) for _ in range(2))
+    lengths = np.zeros(shape[:2], np.int32)
+    reasons = [[None] * num_samples for _ in range(num_prompts)]
+    make = lambda: text.TextStream(self._tokenizer, stop, self._stop_ids)
+    streams = [[make() for _ in row] for row in reasons]
+    while not self._engine.idle:
+      for new in self._engine.step(_LOOK_EVERY if stop else sampler.STRETCH):
+        row = new.request_id, new.sample
+        number, reason = len(new.tokens), new.finish_reason
+        if self._tokenizer is not None:
+          stream = streams[new.request_id][new.sample]
+          stream.push(new.tokens)
+          if stream.stopped:
+            number = stream.num_tokens - lengths[row]
+            if reason is None:
+              self._engine.cancel(*row)
+            reason = "stop"
+        here = slice(lengths[row], lengths[row] + number)
+        tokens[row][here] = new.tokens[:number]
+        behaviour[row][here] = new.behaviour_logps[:number]
+        raw[row][here] = new.behaviour_raw_logps[:number]
+        lengths[row] += number
+        reasons[new.request_id][new.sample] = reason
+    texts = None
     if self._tokenizer is not None:
-      text = [
-          [
-              self._tokenizer.decode(
-                  ids[mask & ~end].tolist(), skip_special_tokens=True
-              )
-              for ids, mask, end in zip(*row)
-          ]
-          for row in zip(out.tokens, out.mask, ends)
-      ]
+      texts = [[stream.text + stream.finish() for stream in r] for r in streams]
     return GenerationResult(
-        tokens=out.tokens,
-        mask=out.mask,
-        text=text,
-        behaviour_logps=out.behaviour_logps,
-        behaviour_raw_logps=out.behaviour_raw_logps,
-        finish_reason=[
-            ["stop" if s else "length" for s in row] for row in stopped
-        ],
+        tokens=tokens,
+        mask=np.arange(self._length) < lengths[..., None],
+        text=texts,
+        behaviour_logps=behaviour,
+        behaviour_raw_logps=raw,
+        finish_reason=reasons,
         policy_version=self._version,
     )
 
-  def _block_shape(self, num_samples: int) -> tuple[int, int]:
-    """Prompts of a block, and samples of each prompt decoded at a time."""
-    parts = 1
-    if self._mesh is not None:
-      parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-    samples = min(num_samples, max(1, self._rows_per_block // parts))
-    return parts * max(1, self._rows_per_block // (samples * parts)), samples
-
-  def _run(self, prompts, prompt_ids, indices, temperature, top_p, seed):
-    """One block: samples of the given indices, as numpy arrays."""
-    longest = max(len(p) for p in prompts)
-    width = max(_SHORTEST, 2 ** math.ceil(math.log2(longest)))
-    tokens = np.full((len(prompts), width), self._pad_id, np.int32)
-    for row, prompt in zip(tokens, prompts):
-      row[: len(prompt)] = prompt
-    arrays = (
-        tokens,
-        np.array([len(p) for p in prompts], np.int32),
-        prompt_ids,
-        np.tile(indices.astype(np.int32), (len(prompts), 1)),
-    )
-    make_key, context = jax.random.key, contextlib.nullcontext()
-    if self._mesh is not None:
-      context = jax.set_mesh(self._mesh)
-      arrays = sharding.put_global(arrays, sharding.batch_sharding(self._mesh))
-      make_key = jax.jit(
-          jax.random.key, out_shardings=sharding.replicated(self._mesh)
-      )
-    with context:
-      out = self._generate(
-          ((self._params, np.float32(1.0)),),
-          make_key(np.uint32(seed)),
-          *arrays,
-          temperature=np.float32(temperature),
-          top_p=np.float32(top_p),
-      )
-    return sampler.Samples(*(np.asarray(x) for x in out))
-
-  def _check(self, prompts, prompt_ids, num_samples, temperature, top_p, seed):
-    """Refuses what cannot be served, before anything is compiled."""
-
-    def refuse(field, message, **kw):
-      return errors.ServiceError(f"request.{field}", message, where=field, **kw)
-
-    if len(prompts) == 0:
-      raise refuse("prompts", "there is no prompt")
-    if prompt_ids.shape != (len(prompts), 2):
-      raise refuse(
-          "prompt_ids", "one id of two words per prompt is needed",
-          got=prompt_ids.shape, want=(len(prompts), 2),
-      )
-    limit = self._config.max_positions - self._max_completion_length
-    for i, prompt in enumerate(prompts):
-      if not 1 <= len(prompt) <= limit:
-        raise refuse(
-            "prompts",
-            f"prompt {i} does not fit the context beside its completion",
-            got=f"{len(prompt)} tokens",
-            want=f"1 to {limit}: {self._config.max_positions} positions less"
-            f" {self._max_completion_length} of the completion",
-        )
-      if np.min(prompt) < 0 or np.max(prompt) >= self._num_tokens:
-        raise refuse(
-            "prompts", f"prompt {i} has a token id outside the vocabulary",
-            want=f"0 to {self._num_tokens - 1}",
-        )
+  def _check(self, prompts, prompt_ids, num_samples, sampling):
+    """What the engine cannot see in single requests."""
     for field, value, right, want in (
+        ("prompts", len(prompts), len(prompts) > 0, "at least 1"),
+        ("prompt_ids", np.shape(prompt_ids),
+         np.shape(prompt_ids) == (len(prompts), 2), (len(prompts), 2)),
         ("num_samples", num_samples, num_samples >= 1, "at least 1"),
-        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
-        ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-        ("seed", seed, 0 <= seed < 2**32, "0 to 2^32 - 1"),
+        ("stop", sampling.stop, self._tokenizer is not None
+         or not sampling.stop, "none: the service has no tokenizer"),
+        ("stop", sampling.stop, all(sampling.stop), "no empty text"),
     ):
       if not right:
-        raise refuse(
-            field, f"{field} is out of range", got=value, want=want
+        raise errors.ServiceError(
+            f"request.{field}", f"{field} cannot be served", where=field,
+            got=value, want=want,
         )
+
+
+def _models(models: Params | engine_lib.Models) -> engine_lib.Models:
+  return models if isinstance(models, tuple) else ((models, 1.0),)

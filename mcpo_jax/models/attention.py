@@ -1,7 +1,7 @@
 """Attention over streams and over a key-value cache.
 
-Letters beside those of types.py: H query heads, N key-value heads (G = H / N
-queries share one), E head width, R rows of the cache, L its length.
+Letters beside those of types.py: H query heads, N key-value heads, E head
+width; of the cache G groups of W slots, P tokens of a prompt, C own tokens.
 No mask of stream by stream is ever stored: each block of queries makes its own
 from slots and positions and meets only the keys that can stand before it.
 """
@@ -117,46 +117,72 @@ def visibility(queries: Slots, keys: Slots, window: jax.Array) -> jax.Array:
 
 def attend_cache(
     q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    positions: jax.Array,
-    window: jax.Array,
+    prompt_keys: jax.Array,
+    prompt_values: jax.Array,
+    own_keys: jax.Array,
+    own_values: jax.Array,
+    see_prompt: jax.Array,
+    see_own: jax.Array,
     *,
     scale: float,
     softcap: float | None,
 ) -> jax.Array:
-  """One new token of each row against its cache.
+  """One new token of each slot against its group's prompt and its own tokens.
+
+  The queries of a group's W slots meet the prompt's keys in one product; one
+  softmax runs over both kinds of keys. Keys have their tokens last and values
+  their width last: so XLA:CPU runs both products fast.
 
   Args:
-    q: [R, H, E].
-    keys: [R, N, L, E], slot i holds the key of position i.
-    values: [R, N, L, E].
-    positions: [R] int32, of the new token, whose key is in the cache already.
-    window: [] int32.
+    q: [G, W, H, E].
+    prompt_keys: [G, N, E, P].
+    prompt_values: [G, N, P, E].
+    own_keys: [G, W, N, E, C], the new token's key among them.
+    own_values: [G, W, N, C, E].
+    see_prompt: [G, W, P] bool, the keys that are seen.
+    see_own: [G, W, C] bool, at least one of them in every slot.
     scale: factor on q·k.
     softcap: as in attend.
 
   Returns:
-    [R, H, E] in the dtype of values.
+    [G, W, H, E] in the dtype of the values.
   """
-  rows, heads, width = q.shape
-  kv_heads, length = keys.shape[1:3]
-  q = q.reshape(rows, kv_heads, heads // kv_heads, width)
-  distance = positions[:, None] - jnp.arange(length)[None]
-  visible = (distance >= 0) & (distance < window)  # [R, L]
-  scores = jnp.einsum(
-      "rnge,rnle->rngl", q, keys, preferred_element_type=_wide(q.dtype)
+  groups, slots, heads, width = q.shape
+  wide, dtype = _wide(q.dtype), own_values.dtype
+  q = q.reshape(groups, slots, own_keys.shape[2], -1, width)
+  prompt = jnp.einsum(
+      "gwnhe,gnep->gnwhp", q, prompt_keys, preferred_element_type=wide
   )
-  weights = _softmax(scores, visible[:, None, None], scale, softcap)
-  out = jnp.einsum("rngl,rnle->rnge", weights.astype(values.dtype), values)
-  return out.reshape(rows, heads, width)
+  prompt = _masked(prompt, see_prompt[:, None, :, None], scale, softcap)
+  own = jnp.einsum(
+      "gwnhe,gwnec->gwnhc", q, own_keys, preferred_element_type=wide
+  )
+  own = _masked(own, see_own[:, :, None, None], scale, softcap)
+  turn = lambda x: jnp.swapaxes(x, 1, 2)  # [G, N, W, ...] and [G, W, N, ...]
+  top = jnp.maximum(turn(prompt.max(-1)), own.max(-1))[..., None]
+  prompt, own = jnp.exp(prompt - turn(top)), jnp.exp(own - top)
+  total = turn(prompt.sum(-1, keepdims=True)) + own.sum(-1, keepdims=True)
+  of_prompt = jnp.einsum(
+      "gnwhp,gnpe->gnwhe", prompt.astype(dtype), prompt_values,
+      preferred_element_type=wide,
+  )
+  of_own = jnp.einsum(
+      "gwnhc,gwnce->gwnhe", own.astype(dtype), own_values,
+      preferred_element_type=wide,
+  )
+  out = (turn(of_prompt) + of_own) / total
+  return out.astype(dtype).reshape(groups, slots, heads, width)
 
 
 def _softmax(scores, visible, scale, softcap):
+  return jax.nn.softmax(_masked(scores, visible, scale, softcap), axis=-1)
+
+
+def _masked(scores, visible, scale, softcap):
   scores = scores * scale
   if softcap is not None:
     scores = softcap * jnp.tanh(scores / softcap)
-  return jax.nn.softmax(jnp.where(visible, scores, MASKED), axis=-1)
+  return jnp.where(visible, scores, MASKED)
 
 
 def _wide(dtype):

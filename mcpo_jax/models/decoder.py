@@ -2,10 +2,11 @@
 
 Pure functions of a nested dict of parameters (parameters.py), whose arrays are
 stacked over the layers: one `lax.scan` runs over them, and what differs from
-layer to layer (window, RoPE base) is scanned beside them.
+layer to layer (window, RoPE base) is scanned beside them. Generation runs over
+unstacked layers instead: a scan would copy each layer's cache at every token.
 
 Letters beside those of types.py: H query heads, N key-value heads, E head
-width, R rows of a cache, L layers.
+width, L layers; of a cache G groups of W slots, P tokens of a prompt, C own.
 """
 
 from collections.abc import Callable
@@ -156,7 +157,7 @@ def _run_layers(
   """All layers and the final norm.
 
   Args:
-    params: all parameters.
+    params: all parameters; from unstack_layers they have no probe.
     config: static.
     x: [..., D] embedded tokens.
     positions: [...] int32.
@@ -168,7 +169,7 @@ def _run_layers(
 
   Returns:
     hidden states [..., D], the last state, and what attend and the probe gave,
-    stacked.
+    stacked, or listed where the layers are unstacked.
   """
   tables = rope.tables(
       config, positions, jnp.promote_types(x.dtype, "float32")
@@ -205,9 +206,16 @@ def _run_layers(
     x = x + h
     return (x, state), (kept, probe(x, of_probe))
 
-  (x, state), (kept, probed) = jax.lax.scan(
-      REMAT[remat](body), (x, state), scanned
-  )
+  if isinstance(params["layers"], tuple):
+    kept = []
+    for layer in zip(params["layers"], *scanned[1:4], strict=True):
+      (x, state), (of_layer, _) = body((x, state), (*layer, None))
+      kept.append(of_layer)
+    probed = None
+  else:
+    (x, state), (kept, probed) = jax.lax.scan(
+        REMAT[remat](body), (x, state), scanned
+    )
   return _pin(_norm(x, params["final_norm"], config)), state, kept, probed
 
 
@@ -287,72 +295,121 @@ def _along_last(vector, x):
 
 
 class Cache(NamedTuple):
-  """Keys and values of the tokens so far; slot i holds position i."""
+  """Keys and values of G prompts and of the own tokens of W slots of each.
 
-  keys: jax.Array  # [L, R, N, length, E]
-  values: jax.Array  # [L, R, N, length, E]
-  lengths: jax.Array  # [R] int32, tokens of each row in the cache
+  L arrays of each kind. Prompt slot i holds position i. A slot's own tokens
+  stand in a ring: all slots write the same column at a time, so that no slot
+  has a place of its own to be scattered to.
+  """
+
+  prompt_keys: tuple[jax.Array, ...]  # [G, N, E, P]
+  prompt_values: tuple[jax.Array, ...]  # [G, N, P, E]
+  own_keys: tuple[jax.Array, ...]  # [G, W, N, E, C]
+  own_values: tuple[jax.Array, ...]  # [G, W, N, C, E]
+
+
+def unstack_layers(params: Params, dtype: Any) -> Params:
+  """The parameters as `prefill` and `decode_step` take them, copied.
+
+  Args:
+    params: from init_params or hf.load_params.
+    dtype: of products. Scales of norms stay as they are: norms are computed in
+      float32 at least.
+
+  Returns:
+    The tree, with a tuple of the L layers' trees under "layers".
+  """
+
+  def cast(path, x):
+    return x if path[-1].key == "scale" else x.astype(dtype)
+
+  params = jax.tree_util.tree_map_with_path(cast, params)
+  layers = params["layers"]
+  number = len(jax.tree.leaves(layers)[0])
+  one = lambda i: jax.tree.map(lambda x: x[i], layers)
+  return params | {"layers": tuple(one(i) for i in range(number))}
 
 
 def init_cache(
-    config: ModelConfig, rows: int, length: int, dtype: Any = jnp.float32
+    config: ModelConfig,
+    *,
+    groups: int,
+    slots: int,
+    prompt_length: int,
+    own_length: int,
+    dtype: Any = jnp.float32,
 ) -> Cache:
   """An empty cache. Its dtype is the dtype that prefill and decode compute in.
 
   Args:
     config: the decoder.
-    rows: sequences.
-    length: tokens of a sequence, prompt and completion together.
+    groups: G.
+    slots: W of each group.
+    prompt_length: P.
+    own_length: C.
     dtype: of keys and values.
   """
-  shape = (
-      config.num_layers, rows, config.num_kv_heads, length, config.head_dim
+  heads, width = config.num_kv_heads, config.head_dim
+  layers = lambda *shape: tuple(
+      jnp.zeros(shape, dtype) for _ in range(config.num_layers)
   )
   return Cache(
-      keys=jnp.zeros(shape, dtype),
-      values=jnp.zeros(shape, dtype),
-      lengths=jnp.zeros((rows,), jnp.int32),
+      prompt_keys=layers(groups, heads, width, prompt_length),
+      prompt_values=layers(groups, heads, prompt_length, width),
+      own_keys=layers(groups, slots, heads, width, own_length),
+      own_values=layers(groups, slots, heads, own_length, width),
   )
 
 
 def prefill(
     params: Params,
     config: ModelConfig,
+    cache: Cache,
     tokens: jax.Array,
     lengths: jax.Array,
-    cache: Cache,
-) -> tuple[jax.Array, Cache]:
-  """Runs the prompts.
+    groups: jax.Array,
+) -> Cache:
+  """Runs prompts and stores their keys and values.
 
   Args:
-    params: the parameters.
+    params: from unstack_layers.
     config: static.
-    tokens: [R, P] int32, padded on the right; P at most the cache's length.
-    lengths: [R] int32, tokens of each prompt, at least 1.
-    cache: from init_cache.
+    cache: from init_cache; its G groups are F equal parts.
+    tokens: [F, T] int32, padded on the right; T at most P. Prompt f is stored
+      in part f of the groups.
+    lengths: [F] int32, tokens of each prompt; 0 for an empty one.
+    groups: [F] int32, index within the part; G / F stores nothing.
 
   Returns:
-    logits [R, V] float32 after the last token of each prompt, and the cache.
+    The cache.
   """
-  rows, width = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(width)[None], (rows, width))
+  parts, width = tokens.shape
+  positions = jnp.broadcast_to(jnp.arange(width)[None], (parts, width))
   slots = attention.Slots(
       positions=positions,
       prompt=jnp.where(positions < lengths[:, None], 0, -1),
-      candidate=jnp.full((rows, width), -1),
+      candidate=jnp.full((parts, width), -1),
   )
-  x = _embed(params, config, tokens, cache.keys.dtype)
+  x = _embed(params, config, tokens, cache.own_keys[0].dtype)
   attend = _stream_attention(config, slots, keep=True)
-  x, _, (keys, values), _ = _run_layers(
-      params, config, x, positions, attend, (), "none"
+  _, _, kept, _ = _run_layers(params, config, x, positions, attend, (), "none")
+
+  def store(whole, new):
+    split = whole.reshape(parts, -1, *whole.shape[1:])
+    where = (np.arange(parts), groups, slice(None))
+    where += tuple(slice(n) for n in new.shape[2:])
+    return split.at[where].set(new, mode="drop").reshape(whole.shape)
+
+  return cache._replace(
+      prompt_keys=tuple(
+          store(whole, jnp.transpose(k, (0, 2, 3, 1)))
+          for whole, (k, _) in zip(cache.prompt_keys, kept)
+      ),
+      prompt_values=tuple(
+          store(whole, jnp.swapaxes(v, 1, 2))
+          for whole, (_, v) in zip(cache.prompt_values, kept)
+      ),
   )
-  last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-  cache = Cache(
-      keys=cache.keys.at[..., :width, :].set(jnp.swapaxes(keys, 2, 3)),
-      values=cache.values.at[..., :width, :].set(jnp.swapaxes(values, 2, 3)),
-      lengths=lengths.astype(jnp.int32),
-  )
-  return head_logits(params, config, last), cache
 
 
 def decode_step(
@@ -360,41 +417,57 @@ def decode_step(
     config: ModelConfig,
     cache: Cache,
     tokens: jax.Array,
-    positions: jax.Array,
+    prompt_lengths: jax.Array,
+    ages: jax.Array,
+    column: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Runs one more token of every row.
+  """Runs one more token of every slot.
 
   Args:
-    params: the parameters.
+    params: from unstack_layers.
     config: static.
-    cache: holds positions 0 .. positions - 1 of each row.
-    tokens: [R] int32.
-    positions: [R] int32, of these tokens, below the cache's length.
+    cache: of the tokens before.
+    tokens: [G, W] int32.
+    prompt_lengths: [G] int32, tokens of the prompt in the cache.
+    ages: [G, W] int32 below C, own tokens in the cache, in the columns before
+      `column`.
+    column: [] int32 below C, where the new tokens are stored.
 
   Returns:
-    logits [R, V] float32 of the next token, and the cache.
+    logits [G, W, V] float32 of the next token, and the cache.
   """
-  rows = np.arange(len(tokens))
+  positions = prompt_lengths[:, None] + ages
+  prompt = jnp.arange(cache.prompt_values[0].shape[2])
+  distance = positions[..., None] - prompt[None, None]  # [G, W, P]
+  stored = prompt[None] < prompt_lengths[:, None]  # [G, P]
+  length = cache.own_values[0].shape[3]
+  age = jnp.mod(column - jnp.arange(length), length)[None, None]  # [1, 1, C]
 
   def attend(q, k, v, window, index, state):
     keys, values = (
-        whole.at[index, rows, :, positions].set(new)
-        for whole, new in zip(state, (k, v))
+        jax.lax.dynamic_update_slice_in_dim(whole, new, column, axis)
+        for whole, new, axis in (
+            (cache.own_keys[index], k[..., None], 4),
+            (cache.own_values[index], v[..., None, :], 3),
+        )
     )
     out = attention.attend_cache(
         q,
-        jax.lax.dynamic_index_in_dim(keys, index, keepdims=False),
-        jax.lax.dynamic_index_in_dim(values, index, keepdims=False),
-        positions,
-        window,
+        cache.prompt_keys[index],
+        cache.prompt_values[index],
+        keys,
+        values,
+        stored[:, None] & (distance < window),
+        (age <= ages[..., None]) & (age < window),
         scale=config.attention_scale,
         softcap=config.attention_softcap,
     )
-    return out, (keys, values), None
+    return out, state, (keys, values)
 
-  x = _embed(params, config, tokens, cache.keys.dtype)
-  x, (keys, values), _, _ = _run_layers(
-      params, config, x, positions, attend, (cache.keys, cache.values), "none"
+  x = _embed(params, config, tokens, cache.own_keys[0].dtype)
+  x, _, kept, _ = _run_layers(
+      params, config, x, positions, attend, (), "none"
   )
-  cache = Cache(keys, values, (positions + 1).astype(jnp.int32))
+  keys, values = zip(*kept)
+  cache = cache._replace(own_keys=keys, own_values=values)
   return head_logits(params, config, x), cache
