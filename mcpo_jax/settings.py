@@ -520,6 +520,11 @@ def parse_rewards(text: str) -> list[tuple[str, float]]:
   return out
 
 
+def _names(text: str | None) -> list[str]:
+  """The names in a sum of rewards, as far as it can be read."""
+  return [x.partition("*")[0].strip() for x in (text or "").split(",")]
+
+
 def _check_reward(config) -> list[errors.McpoError]:
   """The rewards and what each of them needs."""
   group, found, read = config["reward"], [], set()
@@ -544,6 +549,17 @@ def _check_reward(config) -> list[errors.McpoError]:
           "config.missing", f"{name} needs it", where=f"reward.{setting}",
           hint=f"--config.reward.{setting}=VALUE")
           for setting in entry.needs if group[setting] is None]
+  watched = "online.judge" if "judge" in _names(
+      config["online"]["judge"]) else None
+  if "judge" in _names(group["name"]) and "evaluate" in (
+      config["stages"] or ()):
+    watched = "reward.name"
+  if watched:
+    found.append(errors.ConfigError(
+        "config.conflict", "win rates among a model's own samples are 1/2 on "
+        "average, whatever the model", where=watched, got="judge",
+        want="another reward; judge is for online.enabled, and stages without "
+        "evaluate"))
   for setting in ("patterns_path", "path", "url", "judge"):
     if group[setting] is not None and setting not in read:
       readers = [name for name, entry in REWARDS.items()

@@ -48,6 +48,19 @@ def test_an_unknown_reward_is_a_config_error(name):
   assert e.value.slug == "reward.name" and "slot_coverage" in e.value.want
 
 
+def contents(prompts, completions, **columns):
+  """As TRL's examples read conversations."""
+  return [float(len(c[0]["content"])) if isinstance(p, list) else -1.0
+          for p, c in zip(prompts, completions)]
+
+
+def test_completions_of_conversations_are_messages_for_ones_own_function():
+  reward = functions.load_reward(f"{__name__}:contents")
+  chat = [{"role": "user", "content": "hi"}]
+  np.testing.assert_array_equal(
+      functions.score(reward, [chat, "hi"], ["abc", "d"]), [3.0, -1.0])
+
+
 def without_columns(prompts, completions):
   return [0.0] * len(completions)
 
@@ -154,6 +167,10 @@ def test_the_answer_is_what_follows_the_thought(text, opened, answer, thinking):
 @pytest.mark.parametrize("text, answer", [
     ("so 3 + 4 = 7\n#### 1,234.50", "1234.5"),
     ("#### 3\nno\n#### -7.0\nmore 9", "-7"),
+    ("#### 18 dollars", "18"), ("\\boxed{\\$18}", "18"), ("#### **18**", "18"),
+    ("\\boxed{18\\text{ eggs}}", "18"), ("5-7", "7"), ("x in 1,2,3", "3"),
+    ("it is \u22125", "-5"), ("#### 1e999999", "1"), ("007.50", "7.5"),
+    ("1,234,567 and 12,34", "34"), ("a -3", "-3"), ("a - 3", "3"),
     ("it is \\boxed{\\frac{1}{2}} or so 3", "\\frac{1}{2}"),
     ("first 12 then $1,000.", "1000"),
     ("a discount of 25%.", "25"),

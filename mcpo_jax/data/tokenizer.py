@@ -175,7 +175,7 @@ class Tokenizer:
 
   @property
   def opens_thinking(self) -> bool:
-    """Whether prompts end in <think>, so that completions begin in a thought."""
+    """Whether prompts end in <think>: completions begin in a thought."""
     if self.template is None:
       return False
     message = {"role": "user", "content": "x"}

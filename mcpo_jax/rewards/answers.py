@@ -1,33 +1,53 @@
 """Rewards that are rules on the text of any task: final answers, length."""
 
-import decimal
 import re
 
 from mcpo_jax import errors
 from mcpo_jax.rewards.functions import Reward
 
-_NUMBER = re.compile(r"[-+]?\$?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+# A sign only where no word or number stands before it; commas in threes.
+_NUMBER = re.compile(
+    r"(?<![\w.])([-+\u2212]?)\\?\$?\s*"
+    r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?"
+    r"|(?<![\w.])([-+\u2212]?)(\.\d+)|(\d+)(\.\d+)?")
 
 
 def final_answer(text: str) -> str | None:
   """The answer that a worked solution ends in, normalised.
 
-  What follows the last "####", else the last \\boxed{...}, else the last
-  number. A number has no thousands separators, currency or percent sign and no
-  trailing zeros ("1,200.50" and "$1200.5" are the same); other text is
-  case-folded with single blanks.
+  Of what follows the last "####", else of the last \\boxed{...}, else of the
+  whole text: the first number in the former two, the last in the latter. A
+  number has no thousands separators, currency sign or trailing zeros
+  ("1,200.50" and "$1200.5" are the same). An answer without a number is its
+  text, case-folded with single blanks.
 
   Returns:
     None if there is nothing.
   """
   if "####" in text:
     found = text.rpartition("####")[2].strip().split("\n")[0]
-  elif "\\boxed{" in text:
-    found = _braced(text.rpartition("\\boxed{")[2])
-  else:
-    numbers = _NUMBER.findall(text)
-    found = numbers[-1] if numbers else ""
-  return _normal(found)
+    return _first(found)
+  if "\\boxed{" in text:
+    return _first(_braced(text.rpartition("\\boxed{")[2]))
+  numbers = list(_NUMBER.finditer(text))
+  return _number(numbers[-1]) if numbers else None
+
+
+def _first(text: str) -> str | None:
+  """The first number of a text, or the text itself."""
+  number = None if "\\frac" in text else _NUMBER.search(text)
+  return _number(number) if number else (
+      " ".join(text.casefold().split()).rstrip(".") or None)
+
+
+def _number(match: re.Match) -> str:
+  """Digits as they are written in one way, whatever their number."""
+  a, whole, part, b, bare, plain, rest = match.groups()
+  digits = (whole or plain or "0").replace(",", "").lstrip("0") or "0"
+  tail = (part or bare or rest or "").rstrip("0").rstrip(".")
+  zero = digits == "0" and not tail
+  return ("-" if (a or b or "") in ("-", "\u2212") and not zero else "") + (
+      digits + tail)
 
 
 def _braced(text: str) -> str:
@@ -38,18 +58,6 @@ def _braced(text: str) -> str:
     if not depth:
       return text[:i]
   return text
-
-
-def _normal(text: str) -> str | None:
-  text = text.strip().rstrip(".").strip()
-  plain = re.sub(r"[,$%\s]", "", text)
-  try:
-    number = decimal.Decimal(plain)
-    if number.is_finite():
-      return format(number.normalize() + 0, "f")
-  except decimal.InvalidOperation:
-    pass
-  return " ".join(text.casefold().split()) or None
 
 
 def make_exact_match() -> Reward:
@@ -65,8 +73,8 @@ def make_exact_match() -> Reward:
           "records", where="answer", want="the right answer of every prompt")
     wanted = []
     for text in answer:
-      right = final_answer(text) if "####" in str(text) or (
-          "\\boxed{" in str(text)) else _normal(str(text))
+      worked = "####" in str(text) or "\\boxed{" in str(text)
+      right = final_answer(text) if worked else _first(str(text))
       if right is None:
         raise errors.DataError(
             "data.empty", "a record has no answer", where="answer", got=text)

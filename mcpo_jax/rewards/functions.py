@@ -2,11 +2,13 @@
 
 A reward is `fn(prompts, completions, **columns) -> list[float]`, one number
 per completion, higher is better. Prompts are strings or lists of messages,
-completions strings. `columns` are the further columns of the records, lists of
+completions strings; a function of the user's own gets the completion of a list
+of messages as one message, as TRL's reward functions do. `columns` are the further columns of the records, lists of
 the same length; beside them come `finish_reasons` ("stop" or "length") and
 `lengths` (tokens) of completions that were sampled.
 """
 
+import functools
 import importlib
 import inspect
 import math
@@ -59,12 +61,24 @@ def load_reward(name: str, **arguments: Any) -> Reward:
         want=f"{', '.join(registry.REWARDS)} or module:function",
     ) from e
   if entry is None:
-    return function
+    return _as_messages(function)
   return function(**{
       key: arguments[key]
       for key in (*entry.needs, *entry.takes)
       if arguments.get(key) is not None
   })
+
+
+def _as_messages(function: Reward) -> Reward:
+  """The function, told completions in the form of their prompts."""
+
+  @functools.wraps(function)
+  def reward(prompts, completions, **columns):
+    told = [[{"role": "assistant", "content": c}] if isinstance(p, list) else c
+            for p, c in zip(prompts, completions)]
+    return function(prompts=prompts, completions=told, **columns)
+
+  return reward
 
 
 def score(

@@ -12,7 +12,6 @@ from absl import logging
 from mcpo_jax import errors, registry
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.evaluation import samples
 from mcpo_jax.rewards import functions
 from mcpo_jax.stages import references, sampling
 from mcpo_jax.training import alarms, candidates, reference, setup
@@ -131,6 +130,7 @@ class Filler:
       self._reference_model = model
     self._service = sampling.make_service(
         run, model, start(), run.sampler_mesh)
+    self._opens_thinking = run.tokenizer.opens_thinking
     self._decode = run.tokenizer.hf.decode
     self._score = {}  # architecture -> compiled scorer
 
@@ -147,18 +147,19 @@ class Filler:
     seconds = time.perf_counter() - began
     tokens = int(sampled.mask.sum())
 
-    reward, judge = (
-        self._score_texts(fn, prompts, sampled)
-        for fn in (self._reward, self._judge))
-    drawn = [
-        self._candidates(number, i, sampled, reward)
-        for i in range(len(rows))]
-    sets = [self._pool_set(number, int(row), prompt, own, step)
-            for row, prompt, own in zip(rows, prompts.prompts, drawn)]
+    drawn = [self._sampled(number, i, sampled) for i in range(len(rows))]
+    told = [[c for c in own if not self._is_empty(c)] for own in drawn]
+    others = [self._of_record(number, int(row)) for row in rows]
+    if self._reward is not None:
+      told, others = self._scored(prompts, told, others)
+    sets = [self._pool_set(number, int(row), prompt, own, more, step)
+            for row, prompt, own, more in zip(
+                rows, prompts.prompts, told, others)]
     sets, gap = self._with_anchors(sets, drawn, weights)
-    metrics = round_metrics(sets, drawn, num_samples=sampled.mask.shape[1])
-    if judge is not None:
-      means = judge.mean(axis=1)
+    metrics = round_metrics(sets, drawn, told)
+    if self._judge is not None:
+      means = np.array([scores.mean() for scores in self._scores(
+          self._judge, prompts, told) if len(scores)])
       metrics |= {"judge/mean": float(means.mean()),
                   "judge/sem": float(means.std() / math.sqrt(len(means)))}
     metrics |= gap | {
@@ -170,6 +171,13 @@ class Filler:
         number, len(rows), tokens, seconds, metrics["candidates/score"],
         100 * metrics["candidates/tied_share"])
     return rounds_lib.Pool(sets, step, metrics)
+
+  def _is_empty(self, one: Candidate) -> bool:
+    """Whether the reward would see nothing of it: no text, or a thought that
+    was cut off. Such samples are counted, and are no candidates."""
+    return not functions.visible_part(
+        one.text, self._config["reward"]["thinking"],
+        opened=self._opens_thinking).strip()
 
   def _reference(self, weights):
     """The reference's weights in this round."""
@@ -189,69 +197,81 @@ class Filler:
         sampling=sampling.law(self._config),
         seed=round_seed(self._stage.seed, number), require_version=step)
 
-  def _score_texts(self, reward, prompts, sampled):
-    """[R, N] float64, or None without a reward."""
-    if reward is None:
-      return None
-    return samples.score_texts(reward, prompts, sampled)
-
-  def _candidates(self, number, i, sampled, scores) -> list[Candidate]:
-    """The samples of prompt i that enter its set, and those of its record."""
+  def _sampled(self, number, i, sampled) -> list[Candidate]:
+    """The samples of prompt i, not scored yet."""
     first = candidates.IDS_PER_ROUND * (number + 1)
-    own = []
-    for n, mask in enumerate(sampled.mask[i]):
-      own.append(Candidate(
-          tokens=sampled.tokens[i, n][mask], mask=np.ones(mask.sum(), bool),
-          text=sampled.text[i][n], candidate_id=first + n,
-          score=float("nan") if scores is None else float(scores[i, n]),
-          source="policy", finish_reason=sampled.finish_reason[i][n],
-          behaviour_logp=float(sampled.behaviour_logps[i, n][mask].sum()),
-          raw_logps=sampled.behaviour_raw_logps[i, n][mask]))
-    return own
+    return [
+        Candidate(
+            tokens=sampled.tokens[i, n][mask], mask=np.ones(mask.sum(), bool),
+            text=sampled.text[i][n], candidate_id=first + n,
+            score=float("nan"), source="policy",
+            finish_reason=sampled.finish_reason[i][n],
+            behaviour_logp=float(sampled.behaviour_logps[i, n][mask].sum()),
+            raw_logps=sampled.behaviour_raw_logps[i, n][mask])
+        for n, mask in enumerate(sampled.mask[i])]
 
-  def _pool_set(self, number, row, prompt, own, step):
-    options = self._options
-    record = self._data.candidate_set(row)
-    rng = np.random.default_rng(
-        [self._stage.seed, number, *map(int, record.example_id)])
-    own = [c for c in own if c.text.strip()]
-    drawn = num_drawn(options)
+  def _of_record(self, number, row) -> list[Candidate]:
+    """The completions of the record that join the samples."""
+    options, record = self._options, self._data.candidate_set(row)
+    count = 0
+    if options["preferred"] == "score":
+      count = min(options["num_candidates"] - num_drawn(options),
+                  len(record.completions))
+    chosen = np.sort(self._rng(number, row).permutation(
+        len(record.completions))[:count])
+    if options["preferred"] == "data":
+      chosen = packing.order_candidates(
+          record, preferred=self._config["data"]["preferred"])[0][:1]
+    return [
+        Candidate(
+            tokens=record.completions[k], mask=record.completion_masks[k],
+            text=self._decode(record.completions[k].tolist(),
+                              skip_special_tokens=True),
+            candidate_id=int(record.candidate_ids[k]), score=float("nan"),
+            source="data")
+        for k in chosen]
+
+  def _rng(self, number, row) -> np.random.Generator:
+    """Of the host's choices for one prompt in one round."""
+    name = self._data.candidate_set(row).example_id
+    return np.random.default_rng([self._stage.seed, number, *map(int, name)])
+
+  def _scored(self, prompts, told, others):
+    """Samples and record completions with scores of one call of this run's
+    reward: a record's own scores may be of another kind."""
+    both = [own + more for own, more in zip(told, others)]
+    both = [[c._replace(score=float(s)) for c, s in zip(group, scores)]
+            for group, scores in zip(
+                both, self._scores(self._reward, prompts, both))]
+    return ([group[:len(own)] for group, own in zip(both, told)],
+            [group[len(own):] for group, own in zip(both, told)])
+
+  def _scores(self, reward, prompts, groups) -> list[np.ndarray]:
+    """The scores of each prompt's candidates."""
+    index = [i for i, group in enumerate(groups) for _ in group]
+    flat = [c for group in groups for c in group]
+    scores = functions.score(
+        reward, [prompts.prompts[i] for i in index], [c.text for c in flat],
+        **{name: [column[i] for i in index]
+           for name, column in prompts.columns.items()},
+        finish_reasons=[c.finish_reason or "stop" for c in flat],
+        lengths=[len(c.tokens) for c in flat])
+    ends = np.cumsum([len(group) for group in groups])
+    return np.split(scores, ends[:-1])
+
+  def _pool_set(self, number, row, prompt, own, others, step):
+    options, preferred = self._options, -1
     if options["rejection_beta"] is not None:
       own = [own[i] for i in candidates.reject(
-          np.array([c.score for c in own]), min(drawn, len(own)),
-          beta=options["rejection_beta"], rng=rng)]
-    preferred = -1
+          np.array([c.score for c in own]), min(num_drawn(options), len(own)),
+          beta=options["rejection_beta"], rng=self._rng(number, row))]
+    both = own + others
     if options["preferred"] == "data":
-      best = packing.order_candidates(
-          record, preferred=self._config["data"]["preferred"])[0][0]
-      own = [*self._of_record(row, record, [best]),
-             *(c._replace(score=float("nan")) for c in own)]
-      own[0] = own[0]._replace(score=float("nan"))
-      preferred = 0
-    elif drawn < options["num_candidates"]:
-      count = min(options["num_candidates"] - drawn, len(record.completions))
-      chosen = np.sort(rng.permutation(len(record.completions))[:count])
-      own += self._of_record(row, record, chosen)
+      both, preferred = [
+          c._replace(score=float("nan")) for c in others + own], 0
     return candidates.pool_set(
-        record, own, row=row, prompt=prompt, policy_step=step,
-        preferred=preferred)
-
-  def _of_record(self, row, record, chosen) -> list[Candidate]:
-    """Completions of the record, scored by the reward of this run: scores of
-    two sources are not compared."""
-    texts = [self._decode(record.completions[k].tolist(),
-                          skip_special_tokens=True) for k in chosen]
-    scores = np.full(len(texts), np.nan)
-    if self._options["preferred"] != "data":
-      prompts = sampling.prompt_set(self._data, np.full(len(texts), row))
-      scores = functions.score(
-          self._reward, prompts.prompts, texts, **prompts.columns)
-    return [
-        Candidate(tokens=record.completions[k],
-                  mask=record.completion_masks[k], text=text,
-                  candidate_id=int(record.candidate_ids[k]),
-                  score=float(score), source="data")
-        for k, text, score in zip(chosen, texts, scores)]
+        self._data.candidate_set(row), both, row=row, prompt=prompt,
+        policy_step=step, preferred=preferred)
 
   def _with_anchors(self, sets, drawn, weights):
     """The sets with all anchors that the run reads, and the largest gap
@@ -326,15 +346,14 @@ def round_seed(seed: int, number: int) -> int:
 def round_metrics(
     sets: list[rounds_lib.PoolSet],
     drawn: list[list[Candidate]],
-    *,
-    num_samples: int,
+    told: list[list[Candidate]],
 ) -> dict[str, float]:
   """What a round is like.
 
   Args:
     sets: as trained on.
     drawn: the samples of each prompt, before any was dropped or merged.
-    num_samples: of a prompt.
+    told: those that are not empty, with their scores.
 
   Returns:
     `candidates/*`: `score` and `score_best` of samples (NaN without a reward),
@@ -345,23 +364,23 @@ def round_metrics(
     there is one.
   """
   each = [c for own in drawn for c in own]
-  scores = np.array([[c.score for c in own] for own in drawn])
-  mean = lambda values: float(np.mean(values)) if len(values) else 0.0
-  ratios = [
-      np.repeat(one.candidates.behaviour_raw_logps - one.anchors["ref"],
-                one.candidates.multiplicity)[
-                    np.repeat(one.sources, one.candidates.multiplicity)
-                    == "policy"]
-      for one in sets if "ref" in one.anchors]
-  kl = {"objective/kl": mean(np.concatenate(ratios))} if ratios else {}
+  mean = lambda values: float(np.mean(values)) if len(values) else math.nan
+  ratios = []
+  for one in sets:
+    if "ref" in one.anchors:
+      ours = np.array(one.sources) == "policy"
+      ratio = one.candidates.behaviour_raw_logps - one.anchors["ref"]
+      ratios += np.repeat(
+          ratio[ours], one.candidates.multiplicity[ours]).tolist()
+  kl = {"objective/kl": mean(ratios)} if ratios else {}
   return kl | {
-      "candidates/score": mean(scores),
-      "candidates/score_best": mean(scores.max(axis=1)),
+      "candidates/score": mean([c.score for own in told for c in own]),
+      "candidates/score_best": mean(
+          [max(c.score for c in own) for own in told if own]),
       "candidates/tied_share": mean([not s.has_contrast for s in sets]),
       "candidates/unique_share": mean([
-          len({c.tokens.tobytes() for c in own}) / num_samples
-          for own in drawn]),
-      "candidates/empty_share": mean([not c.text.strip() for c in each]),
+          len({c.tokens.tobytes() for c in own}) / len(own) for own in drawn]),
+      "candidates/empty_share": 1.0 - sum(map(len, told)) / len(each),
       "candidates/cut_share": mean(
           [c.finish_reason == "length" for c in each]),
       "candidates/length": mean([len(c.tokens) for c in each]),

@@ -14,13 +14,16 @@ def open_preference_stores(
 ) -> dict[str, tuple[store_lib.Store, np.ndarray]]:
   """"train" and, if there is held-out data, "eval": (store, its rows)."""
   options = run.config["data"]
+  online = run.config["online"]  # the records' completions may tie, or lack
+  sampled = online["enabled"] and online["preferred"] == "score" and (
+      online["online_fraction"] == 1)
   data = setup.open_store(
-      run, options["path"], options["format"], name="train")
+      run, options["path"], options["format"], name="train",
+      prompts_only=sampled)
   rows = np.arange(len(data))
   entry = objective_names.find_objective(
       run.config["objective"]["name"])
-  online = run.config["online"]["enabled"]  # the record's completions may tie
-  if entry.contrast and not online:
+  if entry.contrast and not online["enabled"]:
     rows = data.contrast_rows()
     if len(rows) < len(data):
       logging.info("%d rows without contrast are not used",
@@ -43,7 +46,7 @@ def open_preference_stores(
     if held is not None:
       held = (data if same else mismatched.with_mismatched(
           held[0], run.config["seed"])), held[1]
-  if options["preferred"] == "index" and not online:
+  if options["preferred"] == "index" and not online["enabled"]:
     for row in rows:  # a record that names none is refused before training
       packing.order_candidates(data.candidate_set(int(row)), preferred="index")
   return {"train": (data, rows)} | ({} if held is None else {"eval": held})

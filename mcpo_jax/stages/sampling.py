@@ -63,7 +63,8 @@ def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
   sets = [data.candidate_set(int(i)) for i in rows]
   columns = [data.columns(int(i)) for i in rows]
   shared = set.intersection(*(set(c) for c in columns)) - {
-      "prompt", "prompt_id", "where", "prompts", "completions", "reward"}
+      "prompt", "prompt_id", "where", "prompts", "completions", "reward",
+      "finish_reasons", "lengths"}
   return samples.PromptSet(
       tokens=[s.prompt for s in sets],
       prompt_ids=np.stack([s.example_id for s in sets]),
