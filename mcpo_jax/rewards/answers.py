@@ -7,7 +7,7 @@ from mcpo_jax.rewards.functions import Reward
 
 # A sign only where no word or number stands before it; commas in threes.
 _NUMBER = re.compile(
-    r"(?<![\w.])([-+\u2212]?)\\?\$?\s*"
+    r"(?<![\w.])([-+\u2212]?)(?:\\?\$\s*)?"
     r"(\d{1,3}(?:,\d{3})+(?!\d)|\d+)(\.\d+)?"
     r"|(?<![\w.])([-+\u2212]?)(\.\d+)|(\d+)(\.\d+)?")
 
