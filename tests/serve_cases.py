@@ -1,4 +1,4 @@
-"""A server in this process over an engine without a model, for tests."""
+"""Servers for tests: in this process without a model, and as a process."""
 
 import contextlib
 import functools
@@ -6,12 +6,20 @@ import hashlib
 import http.client
 import json
 import pathlib
+import re
+import signal
+import socket
 import string
+import subprocess
+import sys
 import tempfile
 import threading
 import time
 
+import jax
 import numpy as np
+import run_cases
+import safetensors.numpy
 import uvicorn
 
 from mcpo_jax import errors
@@ -19,6 +27,8 @@ from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.generation import engine as engine_lib
 from mcpo_jax.generation import requests, server, worker
 from mcpo_jax.generation.sampling import Sampling
+from mcpo_jax.models import decoder, hf
+from mcpo_jax.models.config import ModelConfig
 
 TOKEN = "a token that only the tests know"
 LENGTH, POSITIONS, STOP = 24, 64, 1
@@ -134,7 +144,7 @@ def load(folder, sha256):
 class Served:
   """A server on a free loopback port, in a thread."""
 
-  def __init__(self, engine=None, **changes):
+  def __init__(self, engine=None, load=load, **changes):
     self.engine = engine or FakeEngine()
     options = dict(token=TOKEN, max_body_bytes=20_000, body_seconds=20.0,
                    max_weights_bytes=50_000)
@@ -216,3 +226,67 @@ def wait_for(ready, seconds=20.0):
   while not ready():
     assert time.monotonic() < end, "never came"
     time.sleep(0.005)
+
+
+def model_folder(folder):
+  """A model for `python -m mcpo_jax serve`, with its tokenizer."""
+  tok, own = tokenizer(), folder / "tokenizer"
+  tok.save(own)
+  config = ModelConfig(
+      family="llama", vocab_size=tok.vocab_size, hidden_size=16,
+      intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+      head_dim=4, max_positions=POSITIONS, initializer_range=0.5,
+      bos_token_id=tok.bos_id, eos_token_ids=(tok.eos_id,),
+      pad_token_id=tok.pad_id)
+  hf.save_params(folder / "model", params_of(config, 0), config,
+                 tokenizer_dir=own)
+  return folder / "model", config
+
+
+def edit_weights(path, content, change):
+  """Writes a safetensors file after change(tensors)."""
+  tensors = safetensors.numpy.load(content)
+  change(tensors)
+  safetensors.numpy.save_file(tensors, path)
+
+
+@functools.cache
+def params_of(config, seed):
+  init = jax.jit(lambda key: decoder.init_params(key, config))
+  return init(jax.random.key(seed))
+
+
+class Process:
+  """A server as its own process, with its real command line."""
+
+  def __init__(self, model, folder, port=0, **changes):
+    flags = {"model.path": model, "serve.port": port,
+             "serve.num_slots": 16, "data.max_prompt_length": 40,
+             "data.max_completion_length": LENGTH} | changes
+    self.log = folder / "serve.log"
+    with open(self.log, "a") as log:
+      began = log.tell()
+      self.process = subprocess.Popen(
+          [sys.executable, "-m", "mcpo_jax", "serve",
+           "--config=configs/serve.py",
+           *(f"--config.{key}={value}" for key, value in flags.items())],
+          env=run_cases.environment(folder, MCPO_SERVE_TOKEN=TOKEN),
+          cwd=run_cases.ROOT, stdout=log, stderr=log)
+    ready = lambda: re.search(
+        "serving on http://127.0.0.1:([0-9]+)", self.log.read_text()[began:])
+    wait_for(lambda: ready() or self.process.poll() is not None, 120)
+    assert ready(), self.log.read_text()[-3000:]
+    self.port = int(ready()[1])
+    wait_for(self._answers)
+
+  def _answers(self):
+    with contextlib.suppress(OSError):
+      socket.create_connection(("127.0.0.1", self.port)).close()
+      return True
+
+  def kill(self, number=signal.SIGKILL):
+    """Sends a signal; the exit code."""
+    self.process.send_signal(number)
+    return self.process.wait(30)
+
+  url, ask, metrics = Served.url, Served.ask, Served.metrics

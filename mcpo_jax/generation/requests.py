@@ -97,9 +97,11 @@ def _real(fits: Callable[[float], bool], want: str) -> _Field:
   return _Field(check, want)
 
 
-def _list_of(fits: Callable[[Any], bool], count: int | None = None):
-  return lambda value: isinstance(value, list) and 0 < len(value) <= (
-      count or len(value)) and all(map(fits, value))
+def _list_of(
+    fits: Callable[[Any], bool], low: int = 1, high: float = math.inf
+) -> Callable[[Any], bool]:
+  return lambda value: isinstance(value, list) and (
+      low <= len(value) <= high and all(map(fits, value)))
 
 
 _is_word = lambda value: _is_whole(value) and 0 <= value < 2**32
@@ -119,11 +121,11 @@ _COMMON = {
     "min_p": _real(lambda v: 0 <= v <= 1, "0 to 1"),
     "repetition_penalty": _real(lambda v: 0.01 <= v <= 100, "0.01 to 100"),
     "stop": _Field(
-        lambda v: _is_stop(v) or _list_of(_is_stop, _MAX_STOPS)(v),
+        lambda v: _is_stop(v) or _list_of(_is_stop, 0, _MAX_STOPS)(v),
         f"a text or at most {_MAX_STOPS}, of 1 to {_MAX_STOP_LENGTH} "
         "characters"),
     "stop_token_ids": _Field(
-        _list_of(_is_whole, _MAX_STOPS), f"1 to {_MAX_STOPS} token ids"),
+        _list_of(_is_whole, 0, _MAX_STOPS), f"at most {_MAX_STOPS} ids"),
     "seed": _whole(0, 2**32 - 1),
     "stream": _FLAG,
     "stream_options": _Field(
@@ -131,7 +133,7 @@ _COMMON = {
         and all(isinstance(x, bool) for x in v.values()),
         '{"include_usage": true or false}'),
     "prompt_ids": _Field(
-        _list_of(lambda v: _list_of(_is_word)(v) and len(v) == 2),
+        _list_of(_list_of(_is_word, 2, 2)),
         "two whole numbers below 2^32 per prompt"),
     "sample_indices": _Field(
         _list_of(lambda v: _is_whole(v) and 0 <= v < 2**31),
