@@ -78,6 +78,9 @@ def test_comparison_is_paired_by_prompt():
   assert got["mean_length/sft"] == pytest.approx(19 / 6)
   assert got["mean_length/aligned"] == pytest.approx(31 / 6)
   assert got["eos_rate/sft"] == 0.5
+  # What texts are like is told of each model: 3 4 | 1 2 | 4 5 letters.
+  assert got["distinct_1/sft"] == 5 / 6
+  assert got["empty_rate/sft"] == got["repetition/aligned"] == 0.0
   assert got["samples"] == [
       {"prompt": "three", "sft": "aaa", "aligned": "aaaaa"},
       {"prompt": "four", "sft": "aaaa", "aligned": "aaaaaa"},

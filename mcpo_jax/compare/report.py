@@ -23,6 +23,11 @@ FIGURES = {
     "greedy/score/aligned": "greedy",
     "greedy/score/difference": "greedy, to the start",
     "mean_length/aligned": "tokens",
+    "objective/kl": "KL",
+    "distinct_2/aligned": "distinct-2",
+    "repetition/aligned": "repetition",
+    "empty_rate/aligned": "empty",
+    "ref_perplexity/aligned": "perplexity to the start",
     "eval/accuracy": "accuracy",
     "eval/margin": "margin",
 }

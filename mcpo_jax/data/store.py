@@ -290,8 +290,8 @@ def _tokenise(
           hint="reasoning fills it up to the length")
     groups.setdefault(ids.tobytes() + mask.tobytes(), []).append(k)
     kept[k] = ids, mask, cut
-  if record.completions and not groups or record.preferred is not None and record.preferred not in (
-      kept):
+  lost = record.preferred is not None and record.preferred not in kept
+  if lost or record.completions and not groups:
     counts["rows_without_candidates"] += 1
     return None
 
@@ -629,8 +629,8 @@ _COUNTED = (
     "rows_in", "rows_quarantined", "rows_skipped", "prompts_too_long",
     "truncated_prompts", "completions_too_long", "truncated_completions",
     "rows_without_candidates", "merged_completions", "merged_score_conflicts",
-    "completions_without_tokens", "chosen_in_pool", "duplicate_rows", "special_token_text", "folded_system",
-    "blank_lines", "bom", "crlf_lines",
+    "completions_without_tokens", "chosen_in_pool", "duplicate_rows",
+    "special_token_text", "folded_system", "blank_lines", "bom", "crlf_lines",
 )
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mcpo_jax import types
-from mcpo_jax.evaluation import statistics
+from mcpo_jax.evaluation import diversity, statistics
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.rewards import functions
@@ -128,7 +128,8 @@ def candidate_sets(
 
 
 def summarize(samples: ScoredSamples, *, seed: int) -> dict[str, float]:
-  """`score` with its interval over prompts, `mean_length`, `eos_rate`."""
+  """`score` with its interval over prompts, `mean_length`, `eos_rate`, and
+  what `diversity.text_metrics` says."""
   score = statistics.mean_interval(samples.scores.mean(1), seed=seed)
   return {
       "score": score.mean,
@@ -136,7 +137,7 @@ def summarize(samples: ScoredSamples, *, seed: int) -> dict[str, float]:
       "score_ci95_high": score.ci95_high,
       "mean_length": float(samples.lengths.mean()),
       "eos_rate": float(samples.stopped.mean()),
-  }
+  } | diversity.text_metrics(samples.text)
 
 
 def compare(
@@ -160,10 +161,10 @@ def compare(
       evenly over the set.
 
   Returns:
-    A flat dict: `score/NAME` with `_ci95_low` and `_ci95_high`,
-    `mean_length/NAME` and `eos_rate/NAME` for both names; `score/difference`
-    (second minus first) with its interval; `score/num_prompts`; and `samples`,
-    a list of {"prompt", NAME: text, ...}.
+    A flat dict: `score/NAME` with `_ci95_low` and `_ci95_high`, and the other
+    numbers of `summarize`, such as `mean_length/NAME`, for both names;
+    `score/difference` (second minus first) with its interval;
+    `score/num_prompts`; and `samples`, a list of {"prompt", NAME: text, ...}.
 
   Raises:
     ValueError: the two have other numbers of prompts.

@@ -1,14 +1,15 @@
 """The stage evaluate: the aligned model beside its start."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit
-from mcpo_jax.evaluation import likelihood, samples
+from mcpo_jax import commit, types
+from mcpo_jax.evaluation import diversity, likelihood, samples
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results, sampling
@@ -18,7 +19,8 @@ from mcpo_jax.training import stage as stage_lib
 
 def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   """Held-out loss, accuracy, margin and likelihoods; with a reward also
-  samples of held-out prompts, aligned against start, and their KL.
+  samples of held-out prompts, aligned against start: their scores, what they
+  are like, how the start finds them, and their KL.
 
   Both models draw with the same noise; the interval is over prompts.
   """
@@ -43,7 +45,8 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   names = ("sft" if "sft" in run.config["stages"] else "start", "aligned")
 
   model, start = setup.open_model(run, results.find_start(run))
-  service = sampling.make_service(run, model, start())
+  first = start()
+  service = sampling.make_service(run, model, first)
   laws = {"": (options["num_samples"], sampling.law(run.config)),
           "greedy/": (1, GREEDY)}
 
@@ -58,13 +61,24 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       shardings=model.param_shardings,
       dtype=run.config["model"]["param_dtype"])
   service.update(aligned, 1)
+  score = make_scorer(model, prompts, before[""].mask.shape[-1])
   shown, per_prompt = {}, {}
   for law in laws:
     after = sample(law)
     compared = samples.compare(
         before[law], after, prompts.prompts, names=names, seed=seed)
+    found = score(first, after)
     if not law:
-      summary |= sampled_kl(model, aligned, start, prompts, after, seed=seed)
+      summary |= likelihood.kl_metrics(
+          score(aligned, after), found, after.raw_logps, after.mask, seed=seed)
+    # The start's own samples come with its log-probs.
+    for name, logps, mask in (
+        (names[0], before[law].raw_logps, before[law].mask),
+        (names[1], found, after.mask)):
+      value = diversity.perplexity(logps, mask, seed=seed)
+      key = f"{law}ref_perplexity/{name}"
+      summary |= {key: value.mean, f"{key}_ci95_low": value.ci95_low,
+                  f"{key}_ci95_high": value.ci95_high}
     shown[law or "sampled/"] = compared.pop("samples")
     summary |= {law + name: value for name, value in compared.items()}
     per_prompt[law.rstrip("/") or "sampled"] = {
@@ -84,26 +98,25 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   return summary
 
 
-def sampled_kl(
-    model: stage_lib.Model, aligned, start, prompts: samples.PromptSet,
-    drawn: samples.ScoredSamples, *, seed: int,
-) -> dict[str, float]:
-  """How far the aligned model is from the start, on samples of its own."""
-  sets = samples.candidate_sets(prompts, drawn)
-  longest = drawn.mask.shape[-1] + max(len(s.prompt) for s in sets)
+def make_scorer(
+    model: stage_lib.Model, prompts: samples.PromptSet, length: int
+) -> Callable[[types.Params, samples.ScoredSamples], np.ndarray]:
+  """Returns (params, samples of these prompts, of at most `length` tokens) ->
+  [R, N, C] float32 nats of each token, scored anew; 0 after the end."""
+  longest = length + max(len(tokens) for tokens in prompts.tokens)
   model = model._replace(stream_length=max(model.stream_length, longest))
   token_logps = jax.jit(model.token_logps)
 
-  def score(params):
+  def score(params, drawn):
     tokens, _, _ = reference.score_sets(
-        sets, lambda chunk: np.asarray(token_logps(params, model.put(chunk))),
+        samples.candidate_sets(prompts, drawn),
+        lambda chunk: np.asarray(token_logps(params, model.put(chunk))),
         model.pack)
     logps = np.zeros(drawn.mask.shape, np.float32)
     logps[drawn.mask] = tokens
     return logps
 
-  return likelihood.kl_metrics(
-      score(aligned), score(start()), drawn.raw_logps, drawn.mask, seed=seed)
+  return score
 
 
 def held_out_metrics(run: setup.Run) -> dict[str, float]:
