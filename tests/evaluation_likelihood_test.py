@@ -253,8 +253,8 @@ def test_kl_on_samples_is_that_of_texts_scored_one_by_one():
       pad_id=0, tokenizer=Tokenizer(), vocab_size=cases.VOCAB,
       num_slots=8)
   drawn = samples.sample_and_score(
-      service, lambda prompts, completions, **_: [0.0] * len(completions), prompts,
-      num_samples=2, sampling=Sampling(), seed=1)
+      service, lambda prompts, completions, **_: [0.0] * len(completions),
+      prompts, num_samples=2, sampling=Sampling(), seed=1)
   score = evaluate.make_scorer(model, prompts, drawn.mask.shape[-1])
   kl = lambda start: likelihood.kl_metrics(
       score(params, drawn), score(start, drawn), drawn.raw_logps, drawn.mask,

@@ -240,7 +240,8 @@ def written(tok, tmp_path):
       "generation": dict(Sampling()._asdict(), num_samples=3)}
   draws = generate.draw(
       config, FakeService(),
-      lambda prompts, completions: [len(c) for c in completions], prompts, 7)
+      lambda prompts, completions, **_: [len(c) for c in completions], prompts,
+      7)
   weights = generate.Weights("run/sft", None, 7)
   return [generate.record(data, row, row, draws, weights, "abc")
           for row in range(2)]
