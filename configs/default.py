@@ -468,6 +468,9 @@ def get_config() -> ml_collections.ConfigDict:
   log = config.log = ml_collections.ConfigDict()
   # Updates between two lines.
   log.every_steps = 10
+  # Updates between two whose candidates, weights and draws are kept for
+  # candidates.html; a row of it is about as large as the texts.
+  log.candidates_every_steps = 1
   # Write TensorBoard events to the workdir too.
   log.tensorboard = False
   # Send to Weights & Biases too.

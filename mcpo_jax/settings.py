@@ -198,6 +198,7 @@ KEYS: dict[str, Setting] = {
     "checkpoint.keep_best": _FLAG,
     "export.dtype": _or_none(_DTYPE),
     "log.every_steps": _COUNT,
+    "log.candidates_every_steps": _COUNT,
     "log.tensorboard": _FLAG,
     "log.wandb": _FLAG,
     "serve.host": _ANY,

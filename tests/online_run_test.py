@@ -14,7 +14,7 @@ ONLINE = [
     "--config.online.num_candidates=4", "--config.reward.name=None",
     "--config.reward.name=online_rewards:letters",
     "--config.generation.max_new_tokens=9", "--config.stages=sft,preference",
-    "--config.evaluation.num_prompts=4",
+    "--config.data.eval_fraction=0.0",
 ]
 PATH = f"{run_cases.ROOT}:{run_cases.ROOT / 'tests'}"
 
@@ -126,6 +126,8 @@ def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
                 "--config.kernel.strategy=random",
                 "--config.online.mixture=0.25",
                 "--config.online.num_candidates=2"]),
+    ("corrected", ["--config.proposal.correction=True",
+                   "--config.data.eval_fraction=0.2"]),
     ("accelerated", ["--config.objective.name=dpo",
                      "--config.kernel.strategy=random",
                      "--config.reference.source=previous_round",
@@ -148,6 +150,11 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
     elif name == "rso, half offline":
       assert own.multiplicity.sum() == 4
       assert "data" in one.sources and np.isfinite(own.scores).all()
+    elif name == "corrected":
+      np.testing.assert_array_equal(
+          one.anchors["proposal_q"], own.behaviour_logps)
+      np.testing.assert_array_equal(
+          one.anchors["proposal_mu"], one.anchors["ref"])
     elif name == "accelerated":  # the writer is the reference
       np.testing.assert_allclose(
           one.anchors["ref"], own.behaviour_raw_logps, atol=1e-4)
@@ -202,6 +209,20 @@ def test_settings_that_rounds_cannot_serve_are_refused(slug, where, flags):
         *ONLINE, *flags)[3:]))
   found = getattr(e.value, "errors", [e.value])
   assert (slug, where) in [(x.slug, x.where) for x in found]
+
+
+def test_the_explorer_has_what_every_update_saw(unbroken):
+  rows = [json.loads(line) for line in (
+      unbroken / "preference" / "candidates.jsonl").read_text().splitlines()]
+  assert [r["step"] for r in rows] == sorted(
+      list(range(8)) * 5)  # 8 updates of 5 sets
+  for row in rows:
+    assert sum(c["drawn"] for c in row["candidates"]) == 1
+    assert sum(c["weight"] for c in row["candidates"]) == pytest.approx(1)
+    assert row["candidates"][0]["role"] == 1 and row["prompt"]
+    assert {c["source"] for c in row["candidates"]} == {"policy"}
+  page = (unbroken / "candidates.html").read_text()
+  assert json.dumps(rows[-1]["prompt_id"]) in page and "http:" not in page
 
 
 def test_pools_are_records_that_training_reads_back(unbroken, home):

@@ -3,9 +3,10 @@
 A reward is `fn(prompts, completions, **columns) -> list[float]`, one number
 per completion, higher is better. Prompts are strings or lists of messages,
 completions strings; a function of the user's own gets the completion of a list
-of messages as one message, as TRL's reward functions do. `columns` are the further columns of the records, lists of
-the same length; beside them come `finish_reasons` ("stop" or "length") and
-`lengths` (tokens) of completions that were sampled.
+of messages as one message, as TRL's reward functions do. `columns` are the
+further columns of the records, lists of the same length; beside them come
+`finish_reasons` ("stop" or "length") and `lengths` in tokens, where they are
+known.
 """
 
 import functools

@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import commit, objective_names, user_code
-from mcpo_jax.evaluation import likelihood, preferences
+from mcpo_jax import commit, objective_names, types, user_code
+from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
 from mcpo_jax.stages import online as online_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics, setup, update
+from mcpo_jax.training import candidates, loop, metrics, setup, update
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
 
@@ -34,13 +34,14 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   stage = setup.stage_of(
       config, len(rows), supervised=False, num_slots=num_slots)
   pools.check_pools(config, stores)
-  if stage.corrected:
+  if stage.corrected and not online:
     for store, used in stores.values():
       for row in used:
         batch_lib.behaviour_logps(store, int(row))
   options = {"seed": stage.seed, "num_slots": num_slots,
              "preferred": config["data"]["preferred"],
-             "top_k": config["data"]["top_k"], "behaviour": stage.corrected}
+             "top_k": config["data"]["top_k"],
+             "behaviour": stage.corrected and not online}
   rounds = None
   if online:
     rounds = online_stage.make_rounds(run, stage, model, start, data, rows)
@@ -67,11 +68,43 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       expect_start=config["reference"]["source"] is not None
       and config["reference"]["path"] is None
       and not config["online"]["extrapolation"],
-      rounds=rounds)
+      rounds=rounds, show=make_show(run, data, folder / "candidates.jsonl"))
+  explorer.write_explorer(
+      folder / "candidates.jsonl", run.workdir / "candidates.html",
+      f"Candidates of {run.workdir.resolve().name}")
   results.save_model(run, folder / "model", params, model)
   result = {"params/sha256": hf.params_sha256(params), "step": step}
   commit.write_file(done, json.dumps(result))
   return result
+
+
+def make_show(run, data, path):
+  """(updates done, batch, metrics) -> None: appends what the step saw of its
+  candidates. What a restart does again is replaced."""
+  last = []
+
+  def show(step, batch, metrics):
+    if not last and path.exists():
+      kept = [line for line in path.read_text().splitlines()
+              if json.loads(line)["step"] < step - 1]
+      commit.write_file(path, "".join(line + "\n" for line in kept))
+    last.append(step)
+    rows = explorer.explorer_rows(
+        step - 1, batch.sets, batch.order, batch.meta,
+        [data.columns(int(row))["prompt"] for row in batch.rows],
+        [[run.tokenizer.decode(ids) for ids in one.completions]
+         for one in batch.sets],
+        [["policy" if k >= candidates.IDS_PER_ROUND
+          and k != types.MISMATCHED_ID else "data" for k in one.candidate_ids]
+         for one in batch.sets],
+        logps=metrics.get("logps"), ref_logps=metrics.get("ref_logps"),
+        log_weights=metrics.get("kernel/log_weights"),
+        selected=metrics["kernel/selected"],
+        selected_mask=metrics["kernel/selected_mask"])
+    with open(path, "a") as file:
+      file.writelines(json.dumps(row) + "\n" for row in rows)
+
+  return show
 
 
 def own_code(stage: stage_lib.Stage) -> dict[str, str]:

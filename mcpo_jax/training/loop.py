@@ -40,6 +40,7 @@ class Schedule(NamedTuple):
   patience: int | None
   keep_best: bool
   estimate_every: int | None = None  # `estimator.compare_gradients`
+  show_every: int = 1
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -138,7 +139,8 @@ def train(
     expect_start: the first weights are the reference's, so that
       `check_softmax_start` must pass.
     rounds: of on-policy candidates, of which `make_batch` makes its batches.
-    show: is told of the updates that are logged, with `run_step`'s metrics.
+    show: is told the updates done, the batch and `run_step`'s metrics, every
+      `when.show_every` updates.
 
   Returns:
     the weights, the best if `when.keep_best`, and the updates behind them.
@@ -209,6 +211,8 @@ def _train(
     step += 1
     tokens += int(metrics.pop("tokens"))
     faults.point("step.after")
+    if step % when.show_every == 0 or step == 1:
+      show(step, batch, metrics)
 
     if step % when.log_every == 0 or step == stage.num_steps or step == 1:
       row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
@@ -216,7 +220,6 @@ def _train(
       row["perf/tokens_per_sec"] = tokens / (time.perf_counter() - clock)
       row["epoch"] = float(batch.meta.visit.max())
       writer.write(stage.name, step, row)
-      show(step, batch, metrics)
       if bar.disable:
         logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
                      metrics_lib.one_line(row))

@@ -403,7 +403,8 @@ def schedule_of(config: dict[str, Any]) -> loop.Schedule:
       save_every=checkpoint["every_steps"], keep=checkpoint["keep"],
       evaluate_every=evaluation["every_steps"],
       patience=evaluation["patience"], keep_best=checkpoint["keep_best"],
-      estimate_every=evaluation["estimator_every_steps"])
+      estimate_every=evaluation["estimator_every_steps"],
+      show_every=config["log"]["candidates_every_steps"])
 
 
 def stage_of(

@@ -33,7 +33,8 @@ def run_step(
 
   Where a draw lasts several steps it was made by `draw_window`. Beside scalars
   the metrics hold what was seen of the pool: `kernel/selected` and its mask
-  [B, M], and where they are known `kernel/log_weights` and `logps` [B, K].
+  [B, M], and where they are known `kernel/log_weights`, `logps` and
+  `ref_logps` [B, K].
   """
   batch = with_anchors(batch, stage, reference)
   sets = model.put_replicated(batch.meta)
@@ -82,6 +83,8 @@ def run_step(
   used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
   if values is not None and not stage.entry.terms:
     metrics["logps"] = values.logps
+  if "ref" in batch.meta.anchors:
+    metrics["ref_logps"] = batch.meta.anchors["ref"]
   return state, metrics | info | {
       "kernel/selected": drawn.selected,
       "kernel/selected_mask": drawn.selected_mask,
@@ -242,6 +245,6 @@ def with_anchors(
   anchors = anchors | {"ref": ref}
   if "prev" in stage.entry.anchors:
     anchors["prev"] = ref
-  if "proposal_q" in anchors:
-    anchors["proposal_mu"] = ref
+  if stage.corrected:  # held-out records of online runs: as if drawn from it
+    anchors = {"proposal_q": ref} | anchors | {"proposal_mu": ref}
   return batch._replace(meta=batch.meta._replace(anchors=anchors))
