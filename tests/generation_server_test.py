@@ -12,9 +12,13 @@ import threading
 import numpy as np
 import pytest
 import serve_cases
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from serve_cases import LENGTH, POSITIONS, Served, answer_of, send, wait_for
 
-from mcpo_jax.generation import worker
+from mcpo_jax import errors
+from mcpo_jax.generation import answers, requests, worker
+from mcpo_jax.generation.sampling import Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 ADDRESS = {"prompt": [7, 8, 9], "prompt_ids": [[5, 6]], "seed": 11}
@@ -156,6 +160,16 @@ def test_a_stop_string_ends_a_sample_and_frees_its_slot(served):
   assert len(served.engine.cancelled) == before + 1
 
 
+def test_g7_temperature_0_is_taken_and_g14_a_length_ends_a_sample(own):
+  served, taken = own(), []
+  submit = served.engine.submit
+  served.engine.submit = lambda request: (taken.append(request),
+                                          submit(request))
+  got = served.ask(COMPLETIONS, ADDRESS | {"temperature": 0, "max_tokens": 1})
+  assert got[1]["choices"][0]["finish_reason"] == "length"
+  assert taken[0].sampling == Sampling(temperature=0, max_new_tokens=1)
+
+
 def test_models_and_health_and_metrics_say_what_they_may(served):
   _, got, _ = served.ask("/v1/models")
   [model] = got["data"]
@@ -256,11 +270,43 @@ def test_a_bad_request_is_refused_by_its_field(served, row):
     [{"role": "user", "content": 3}], [{"role": "user", "content": " "}],
     [{"role": "assistant", "content": "QUOKKA"}],
     [{"role": "user", "content": "QUOKKA"}] * 2,
+    [{"role": "user", "content": "QUOKKA \ud800"}],
+    [{"role": "user", "content": "QUOKKA \ufdd0"}],
 ])
 def test_bad_messages_are_refused_and_not_repeated(served, messages):
   status, got, _ = served.ask(CHAT, {"messages": messages})
   assert status == 422 and got["slug"] == "request.messages"
   assert "QUOKKA" not in json.dumps(got)
+
+
+def json_values():
+  simple = st.one_of(
+      st.none(), st.booleans(), st.integers(), st.integers(0, 300),
+      st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5),
+      st.sampled_from(["user", "assistant", "the cup", "\ud800", "<|eos|>"]))
+  return st.recursive(
+      simple, lambda inner: st.one_of(
+          st.lists(inner, max_size=3), st.dictionaries(
+              st.sampled_from(["role", "content", "a"]), inner, max_size=3)),
+      max_leaves=6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.booleans())
+def test_whatever_is_asked_is_understood_or_refused(data, chat):
+  limits = requests.Limits(POSITIONS, LENGTH, 300, 64, Sampling(), "policy")
+  names = st.sampled_from(sorted(requests._FIELDS[chat]))
+  body = data.draw(st.dictionaries(names, json_values(), max_size=4))
+  if data.draw(st.booleans()):
+    body |= {"messages": [{"role": "user", "content": "a"}]} if chat else {
+        "prompt": [7, 8]}
+  body = requests.parse_json(json.dumps(body).encode())
+  try:
+    ask = requests.parse(body, serve_cases.tokenizer(), limits, chat=chat)
+  except errors.ServiceError as e:
+    assert e.slug.startswith("request.") and e.where
+  else:
+    assert 0 < ask.num_samples <= 64 and ask.sampling.max_new_tokens <= LENGTH
 
 
 @pytest.mark.parametrize("body, headers, status, slug", [
@@ -431,7 +477,6 @@ def test_g15_a_key_gives_one_generation_and_the_same_answer(own):
 
 
 def test_g15_errors_are_not_kept_and_memory_is_bounded(own, monkeypatch):
-  from mcpo_jax.generation import answers
   served = own()
   served.engine.broken = True
   assert served.ask(COMPLETIONS, ADDRESS, idempotency_key="a")[0] == 500
@@ -572,6 +617,14 @@ def test_a_worker_that_closes_tells_everyone(own):
   engine = serve_cases.FakeEngine()
   one = worker.Worker(engine, serve_cases.tokenizer().hf,
                       0, "", max_samples=9, tokens_per_step=2, num_slots=4)
+  told = []
+  ask = requests.parse({"prompt": [7], "n": 8}, serve_cases.tokenizer(),
+                       requests.Limits(9, 4, 300, 9, Sampling(), "m"),
+                       chat=False)
   one.start()
+  engine.go.clear()
+  one.submit(ask, told.append)
+  wait_for(lambda: engine.waiting)
+  threading.Timer(0.1, engine.go.set).start()
   one.close()
-  assert threading.active_count() < 50
+  assert told[-1].slug == "service.stopping" and not one._taken

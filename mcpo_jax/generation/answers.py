@@ -21,7 +21,8 @@ _STATUS = {
     "request.token": 401, "request.path": 404, "request.method": 405,
     "request.timeout": 408, "service.version": 409, "weights.version": 409,
     "weights.busy": 409, "request.size": 413, "request.media_type": 415,
-    "service.full": 503, "service.failed": 500, "generation.non_finite": 500,
+    "service.full": 503, "service.stopping": 503, "service.failed": 500,
+    "generation.non_finite": 500,
 }
 # Answers that are kept for whoever asks again with the same key.
 _KEPT_ANSWERS, _KEPT_BYTES = 256, 2**26

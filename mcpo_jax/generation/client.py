@@ -100,11 +100,12 @@ class RemoteService:
       ServiceError: `service.update`, the server takes none; `weights.*` or
         `hf.*`, it refused them; `service.unreachable`.
     """
-    if self._spool is None or not self._served().own:
+    if (self._spool is None or isinstance(params, tuple)
+        or not self._served().own):
       raise errors.ServiceError(
           "service.update", "no weights can be handed to this server",
-          where=self._url, want="a server of `python -m mcpo_jax serve` and a "
-          "spool folder")
+          where=self._url, want="one model, a spool folder and a server of "
+          "`python -m mcpo_jax serve`")
     sha256 = hf.params_sha256(params)
     folder = pathlib.Path(self._spool).resolve() / f"{version}-{sha256[:16]}"
     if not folder.exists():

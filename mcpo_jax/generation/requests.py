@@ -26,10 +26,10 @@ import numpy as np
 from mcpo_jax import errors
 from mcpo_jax.data import readers
 from mcpo_jax.data.tokenizer import Tokenizer
+from mcpo_jax.generation.engine import COLDEST, MAX_STOP_IDS
 from mcpo_jax.generation.sampling import Sampling
 
-_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256
-_COLDEST = 1e-3  # below it, other than at 0, is greedy up to rounding
+_MAX_STOPS, _MAX_STOP_LENGTH = 16, 256  # texts, characters
 
 
 class Ask(NamedTuple):
@@ -61,6 +61,15 @@ class Limits(NamedTuple):
   max_samples: int  # of one request
   defaults: Sampling  # of what a request leaves out
   model: str  # its name
+
+
+class Push(NamedTuple):
+  """Weights that are to be served."""
+
+  path: str | None  # their folder; None: the body is the file
+  sha256: str  # see hf.params_sha256
+  version: int
+  replaces: int | None  # the version that they may replace though not newer
 
 
 class _Field(NamedTuple):
@@ -114,8 +123,8 @@ _COMMON = {
     "n": _whole(1),
     "max_tokens": _whole(1),
     "min_tokens": _whole(0),
-    "temperature": _real(lambda v: v == 0 or _COLDEST <= v <= 100,
-                         f"0, or {_COLDEST:g} to 100"),
+    "temperature": _real(lambda v: v == 0 or COLDEST <= v <= 100,
+                         f"0, or {COLDEST:g} to 100"),
     "top_p": _real(lambda v: 0 < v <= 1, "above 0 and at most 1"),
     "top_k": _whole(0, 2**31 - 1),
     "min_p": _real(lambda v: 0 <= v <= 1, "0 to 1"),
@@ -125,7 +134,7 @@ _COMMON = {
         f"a text or at most {_MAX_STOPS}, of 1 to {_MAX_STOP_LENGTH} "
         "characters"),
     "stop_token_ids": _Field(
-        _list_of(_is_whole, 0, _MAX_STOPS), f"at most {_MAX_STOPS} ids"),
+        _list_of(_is_whole, 0, MAX_STOP_IDS), f"at most {MAX_STOP_IDS} ids"),
     "seed": _whole(0, 2**32 - 1),
     "stream": _FLAG,
     "stream_options": _Field(
@@ -158,6 +167,13 @@ _FIELDS = {
         "max_completion_tokens": _whole(1),
     },
 }
+_PUSH = {
+    "path": _Field(lambda v: isinstance(v, str) and len(v) > 0, "a folder"),
+    "sha256": _Field(
+        lambda v: isinstance(v, str) and len(v) == 64, "64 hex digits"),
+    "version": _whole(0, 2**63 - 1),
+    "replaces": _whole(0, 2**63 - 1),
+}
 # Our setting -> the field.
 _SETTINGS = {
     "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
@@ -185,7 +201,7 @@ def parse_json(body: bytes) -> dict[str, Any]:
   return value
 
 
-def check_fields(body: dict[str, Any], fields: dict[str, _Field]) -> None:
+def _check_fields(body: dict[str, Any], fields: dict[str, _Field]) -> None:
   """Refuses unknown fields and values that do not fit; null is not given.
 
   Raises:
@@ -199,6 +215,22 @@ def check_fields(body: dict[str, Any], fields: dict[str, _Field]) -> None:
       shown = isinstance(value, bool | int | float) and abs(value) < 1e30
       raise refuse(name, f"{name} does not fit", want=fields[name].want,
                    got=value if shown else None)
+
+
+def parse_push(fields: dict[str, Any], *, sent: bool) -> Push:
+  """Which weights are meant; `sent`: they are the body, and have no path.
+
+  Raises:
+    ServiceError: `request.<field>`, `request.unknown_field`.
+  """
+  wanted = ("sha256", "version") if sent else ("path", "sha256", "version")
+  _check_fields(fields, {name: field for name, field in _PUSH.items()
+                         if name in (*wanted, "replaces")})
+  for name in wanted:
+    if fields.get(name) is None:
+      raise refuse(name, f"{name} is missing", want=_PUSH[name].want)
+  return Push(fields.get("path"), fields["sha256"], fields["version"],
+              fields.get("replaces"))
 
 
 def parse(
@@ -216,7 +248,7 @@ def parse(
     ServiceError: `request.<field>` and `request.unknown_field`; for prompts
       that do not fit the context `request.max_tokens`.
   """
-  check_fields(body, _FIELDS[chat])
+  _check_fields(body, _FIELDS[chat])
   given = {name: value for name, value in body.items() if value is not None}
   if given.get("model", limits.model) != limits.model:
     raise refuse("model", "no such model is served", want=limits.model)
@@ -254,6 +286,8 @@ def _encode_messages(given, tokenizer) -> np.ndarray:
     return tokenizer.encode_prompt(messages, where="messages")
   except errors.DataError as e:
     raise refuse("messages", e.message, want=e.want) from None
+  except (TypeError, UnicodeError):  # half of a surrogate pair
+    raise refuse("messages", "a text cannot be encoded as UTF-8") from None
 
 
 def _encode_prompts(given, tokenizer, vocab_size) -> list[np.ndarray]:
@@ -269,7 +303,7 @@ def _encode_prompts(given, tokenizer, vocab_size) -> list[np.ndarray]:
     if isinstance(one, str):
       try:
         one = tokenizer.hf.backend_tokenizer.encode(one).ids
-      except TypeError:  # half of a surrogate pair
+      except (TypeError, UnicodeError):  # half of a surrogate pair
         raise refuse(
             "prompt", f"prompt {i} cannot be encoded as UTF-8") from None
     if not isinstance(one, list) or not all(map(_is_whole, one)):

@@ -41,13 +41,6 @@ from mcpo_jax.generation.worker import Event, Weights, Worker
 JSON, SAFETENSORS = "application/json", "application/safetensors"
 
 _MAX_CONNECTIONS = 4096
-_WEIGHTS_FIELDS = {
-    "path": requests._Field(lambda v: isinstance(v, str) and v, "a folder"),
-    "sha256": requests._Field(
-        lambda v: isinstance(v, str) and len(v) == 64, "64 hex digits"),
-    "version": requests._whole(0),
-    "replaces": requests._whole(0),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +94,7 @@ class Server:
         routes=routes, lifespan=self._lifespan,
         exception_handlers={
             errors.McpoError: _on_refusal, HTTPException: _on_http_error,
-            ClientDisconnect: lambda *_: Response(status_code=499)})
+            ClientDisconnect: _on_leaving, Exception: _on_bug})
     app.router.redirect_slashes = False
     app.add_middleware(answers.TokenAuth, token=self._options.token)
     return app
@@ -283,46 +276,35 @@ class Server:
     self._updating = True
     try:
       if _media_type(request) == SAFETENSORS:
-        fields = _query(request)
-        self._check_weights(fields)
+        push = requests.parse_push(_query(request), sent=True)
         with tempfile.TemporaryDirectory() as folder:
-          path = pathlib.Path(folder)
-          with open(path / "model.safetensors", "wb") as file:
+          with open(pathlib.Path(folder, "model.safetensors"), "wb") as file:
             async for piece in self._body(
                 request, self._options.max_weights_bytes):
               await asyncio.to_thread(file.write, piece)
-          done = await self._update(path, fields)
+          await self._update(pathlib.Path(folder), push)
       else:
-        fields = requests.parse_json(await self._read_json(request))
-        self._check_weights(fields, "path")
-        done = await self._update(pathlib.Path(fields["path"]), fields)
+        push = requests.parse_push(
+            requests.parse_json(await self._read_json(request)), sent=False)
+        await self._update(pathlib.Path(push.path), push)
     finally:
       self._updating = False
-    return JSONResponse(done)
+    return JSONResponse({
+        "policy_version": push.version, "policy_sha256": push.sha256})
 
-  def _check_weights(self, fields: dict[str, Any], *more: str) -> None:
-    wanted = ("sha256", "version", *more)
-    requests.check_fields(
-        fields, {k: v for k, v in _WEIGHTS_FIELDS.items()
-                 if k in (*wanted, "replaces")})
-    for name in wanted:
-      if fields.get(name) is None:
-        raise requests.refuse(name, "is missing")
-
-  async def _update(self, folder, fields) -> dict[str, Any]:
-    version, sha256 = fields["version"], fields["sha256"]
+  async def _update(self, folder: pathlib.Path, push: requests.Push) -> None:
     served = self._worker.version, self._worker.sha256
-    if served != (version, sha256):
-      if version <= served[0] and fields.get("replaces") != served[0]:
-        raise errors.ServiceError(
-            "weights.version", "the service has these or newer weights",
-            where="version", got=version, want=f"above {served[0]}",
-            hint=f"or replaces={served[0]}")
-      params = await asyncio.to_thread(self._load, folder, sha256)
-      await asyncio.wrap_future(self._worker.update(
-          Weights(((params, 1.0),), version, sha256)))
-      logging.info("weights: version %d after %d", version, served[0])
-    return {"policy_version": version, "policy_sha256": sha256}
+    if served == (push.version, push.sha256):
+      return  # a push whose answer was lost
+    if push.version <= served[0] and push.replaces != served[0]:
+      raise errors.ServiceError(
+          "weights.version", "the service has these or newer weights",
+          where="version", got=push.version, want=f"above {served[0]}",
+          hint=f"or replaces={served[0]}")
+    params = await asyncio.to_thread(self._load, folder, push.sha256)
+    await asyncio.wrap_future(self._worker.update(
+        Weights(((params, 1.0),), push.version, push.sha256)))
+    logging.info("weights: version %d after %d", push.version, served[0])
 
   # Bodies.
 
@@ -396,6 +378,18 @@ async def _on_http_error(request: Request, error: HTTPException) -> Response:
   return answers.refusal(errors.ServiceError(
       slugs.get(error.status_code, "request.body"), error.detail,
       where="path"))
+
+
+async def _on_leaving(request: Request, error: ClientDisconnect) -> Response:
+  del request, error
+  return Response(status_code=499)  # nobody reads it
+
+
+async def _on_bug(request: Request, error: Exception) -> Response:
+  """What the log tells in full."""
+  del request
+  return answers.refusal(errors.ServiceError(
+      "service.failed", f"the server raised {type(error).__name__}"))
 
 
 class _Uvicorn(uvicorn.Server):

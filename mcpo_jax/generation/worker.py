@@ -49,7 +49,7 @@ class Job:
   """An Ask at work. Lives on the engine's thread but for `ask` and `tell`."""
 
   def __init__(self, ask: Ask, tell: Callable[[Any], None]):
-    """`tell` gets lists of Events, and at last None or an exception."""
+    """`tell` gets lists of Events, and at last None or an error."""
     self.ask, self.tell = ask, tell
     self.running: dict[tuple[int, int], TextStream] = {}  # by request, sample
     self.requests: dict[int, int] = {}  # id -> place in ask.prompts
@@ -100,7 +100,8 @@ class Worker:
     self._lock = threading.Lock()
     self._taken = 0  # samples of the jobs that are not over
     self._closing = False
-    self._thread = threading.Thread(target=self._run, name="engine")
+    self._thread = threading.Thread(
+        target=self._run, name="engine", daemon=True)
     self.counts: collections.Counter[str] = collections.Counter()
     self.failure: errors.McpoError | None = None
     self.num_active = self.num_waiting = 0
@@ -259,14 +260,14 @@ class Worker:
         np.asarray(one.behaviour_raw_logps)[:count].tolist(), reason,
         one.version, self.sha256)
 
-  def _cancel(self, job: Job) -> None:
+  def _cancel(self, job: Job, error: Exception | None = None) -> None:
     if job.over:
       return
     if not job.requests:
       self._waiting.remove(job)
     self.counts["cancelled"] += len(job.running) or job.ask.num_samples
     self._withdraw(job)
-    self._finish(job, None)
+    self._finish(job, error)
 
   def _withdraw(self, job: Job) -> None:
     for number in {n for n, _ in job.running} & job.requests.keys():
@@ -291,7 +292,8 @@ class Worker:
   def _close(self) -> None:
     self._closing = True
     for job in [*{*self._jobs.values()}, *self._waiting]:
-      self._cancel(job)
+      self._cancel(job, errors.ServiceError(
+          "service.stopping", "the server has been stopped"))
 
 
 def wrong_version(served: int, wanted: int) -> errors.ServiceError:
