@@ -338,6 +338,15 @@ def get_config() -> ml_collections.ConfigDict:
   generation.num_devices = config_dict.placeholder(int)
   # Shards of heads and feed-forward width on devices of its own.
   generation.tensor = 1
+  # A server of the verb `serve` that samples for online rounds and is handed
+  # every round's weights, such as "http://127.0.0.1:8000". None: this process
+  # samples.
+  generation.url = config_dict.placeholder(str)
+  # Folder for those weights, which the server sees under the same name.
+  # None: in the workdir.
+  generation.spool = config_dict.placeholder(str)
+  # File with the server's token. None: MCPO_SERVE_TOKEN of the environment.
+  generation.token_path = config_dict.placeholder(str)
 
   # --- Generate: the verb that writes candidates to JSON Lines ----------------
   generate = config.generate = ml_collections.ConfigDict()

@@ -153,6 +153,9 @@ KEYS: dict[str, Setting] = {
     "generation.num_samples": _COUNT,
     "generation.num_devices": _or_none(_COUNT),
     "generation.tensor": _COUNT,
+    "generation.url": _or_none(),
+    "generation.spool": _or_none(),
+    "generation.token_path": _or_none(),
     "reward.name": _or_none(),
     "reward.patterns_path": _or_none(),
     "reward.path": _or_none(),
@@ -588,6 +591,16 @@ def _check_online(config) -> list[errors.McpoError]:
       refuse("config.unused", "only reference.source=ema reads it",
              "reference.ema_decay", "None", reference["ema_decay"])
     return found
+  generation = config["generation"]
+  if generation["url"] is None:
+    for key in ("spool", "token_path"):
+      if generation[key] is not None:
+        refuse("config.unused", "only generation.url reads it",
+               f"generation.{key}", "None", generation[key])
+  elif online["mixture"] or generation["num_devices"]:
+    refuse("config.conflict", "a server samples from one model, on devices of "
+           "its own", "generation.url", "None, or online.mixture=0 and "
+           "generation.num_devices=None", generation["url"])
   if source == "cached":
     refuse("config.conflict", "fresh samples are in no cache",
            "reference.source", "resident, previous_round or ema", source)
@@ -639,7 +652,6 @@ def _check_online(config) -> list[errors.McpoError]:
     refuse("config.conflict", "one kind of moving weights at a time",
            "online.extrapolation", "0.0", online["extrapolation"])
   if config["proposal"]["correction"]:
-    generation = config["generation"]
     if online["online_fraction"] < 1 or rejects or by_data:
       refuse("config.conflict", "the law of every candidate must be known",
              "proposal.correction", "candidates of the policy alone", True)

@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import subprocess
 
 import numpy as np
 import pytest
 import run_cases
+import serve_cases
 
 from mcpo_jax.training import rounds as rounds_lib
 
@@ -165,6 +167,35 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
                for s in later)
   values = [r["loss"] for r in run_cases.metrics(folder) if "loss" in r]
   assert np.isfinite(values).all()
+
+
+def test_a_server_that_dies_and_comes_back_changes_nothing(
+    home, unbroken, tmp_path):
+  """The candidates come from another process, killed in mid-run."""
+  start = unbroken / "sft" / "model"
+  flags = {"serve.num_slots": 64, "data.max_prompt_length": 48}
+  server = serve_cases.Process(start, tmp_path, **flags)
+  folder, data = home
+  trainer = subprocess.Popen(
+      run_cases.command(
+          "train", folder / "by server", *data, *ONLINE,
+          f"--config.generation.url=http://127.0.0.1:{server.port}"),
+      env=run_cases.environment(
+          folder / "cache", PYTHONPATH=PATH,
+          MCPO_SERVE_TOKEN=serve_cases.TOKEN),
+      cwd=run_cases.ROOT, stderr=subprocess.PIPE, text=True)
+  rounds = folder / "by server" / "preference" / "rounds"
+  serve_cases.wait_for(
+      lambda: (rounds / "000001").exists() or trainer.poll() is not None, 120)
+  server.kill()
+  server = serve_cases.Process(start, tmp_path, server.port, **flags)
+  _, said = trainer.communicate(timeout=120)
+  assert trainer.returncode == 0, said[-3000:]
+  assert server.metrics()["mcpo_weight_updates_total"] >= 1
+  server.kill()
+  assert (run_cases.summary(folder / "by server")["params/sha256"]
+          == run_cases.summary(unbroken)["params/sha256"])
+  assert not list((folder / "by server").glob("**/.*.tmp"))
 
 
 def test_a_reward_that_sees_no_difference_ends_the_run(home):

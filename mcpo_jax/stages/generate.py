@@ -8,8 +8,9 @@ Prompts are cut into shards; each is sampled, scored and committed whole under
                      settings.json     what decided about it
                      manifest.json     their hashes
 
-A shard depends on its prompts, the weights and the settings alone, so a killed
-run ends with the same bytes as one that never stopped.
+A shard depends on its prompts, the weights and the settings alone (the service
+is idle when it begins), so a killed run ends with the same bytes as one that
+never stopped.
 """
 
 import json

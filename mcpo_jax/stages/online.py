@@ -128,8 +128,8 @@ class Filler:
           run, model, start)
     else:
       self._reference_model = model
-    self._service = sampling.make_service(
-        run, model, start(), run.sampler_mesh)
+    self._service = sampling.make_online_service(
+        run, model, start())
     self._opens_thinking = run.tokenizer.opens_thinking
     self._decode = run.tokenizer.hf.decode
     self._score = {}  # architecture -> compiled scorer

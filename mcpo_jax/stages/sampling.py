@@ -1,6 +1,7 @@
 """Prompts, rewards and the sampler of a run."""
 
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,9 @@ from mcpo_jax import errors, settings
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.evaluation import samples
+from mcpo_jax.generation import client
 from mcpo_jax.generation import service as service_lib
+from mcpo_jax.generation import token as token_lib
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.rewards import functions as rewards
 from mcpo_jax.training import setup
@@ -80,15 +83,33 @@ def law(config: dict[str, Any]) -> Sampling:
       for name in Sampling._fields if name != "stop_ids"})
 
 
+def longest_sample(config: dict[str, Any]) -> int:
+  """Tokens of a completion, of the resolved config."""
+  return (config["generation"]["max_new_tokens"]
+          or config["data"]["max_completion_length"])
+
+
 def make_service(
     run: setup.Run, model: stage_lib.Model, params, mesh=None
 ) -> service_lib.GenerationService:
   """The sampler of this run's architecture and tokenizer, on the mesh that
   trains or on another one."""
-  length = (run.config["generation"]["max_new_tokens"]
-            or run.config["data"]["max_completion_length"])
   return service_lib.GenerationService(
-      model.config, params, 0, max_completion_length=length,
+      model.config, params, 0, max_completion_length=longest_sample(run.config),
       stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
       tokenizer=run.tokenizer.hf, vocab_size=run.tokenizer.vocab_size,
       compute_dtype=model.compute_dtype, mesh=mesh or run.mesh)
+
+
+def make_online_service(
+    run: setup.Run, model: stage_lib.Model, params
+) -> service_lib.GenerationService | client.RemoteService:
+  """Who samples for rounds: this mesh, devices of its own, or a server."""
+  options = run.config["generation"]
+  if options["url"] is None:
+    return make_service(run, model, params, run.sampler_mesh)
+  return client.RemoteService(
+      options["url"], token=token_lib.read_token(options["token_path"]),
+      config=model.config, max_completion_length=longest_sample(run.config),
+      stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
+      spool=pathlib.Path(options["spool"] or run.workdir / "spool"))
