@@ -10,7 +10,7 @@ import pytest
 import run_cases
 
 from configs import quickstart
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, settings, verbs
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.evaluation import samples
@@ -75,10 +75,6 @@ def test_parts_and_a_killed_run_make_the_file_of_one_that_never_stopped(
   assert killed.returncode == -9
   assert not (folder / "part0/generate").exists()
   assert len(list((folder / "part0/generating").glob("*.jsonl"))) == 1
-  changed = sample("part0", parts, "--config.generate.prompts_per_shard=2")
-  assert changed.returncode == 2
-  assert "error[config.other_run]" in changed.stderr
-  assert "prompts_per_shard: 3 -> 2" in changed.stderr
   again = sample("part0", parts)
   assert again.returncode == 0, again.stderr[-3000:]
   assert "generate goes on: 1 of 2 shards are there" in again.stderr
@@ -115,11 +111,23 @@ def test_training_reads_the_parts_by_a_pattern(model, sample):
   assert len(losses) == 2 and losses[0] == pytest.approx(np.log(2), abs=1e-5)
 
 
+def test_other_settings_do_not_go_on_with_the_same_candidates(tmp_path):
+  path = tmp_path / "settings.json"
+  old = {"temperatures": [0.5, 1.0], "prompts_per_shard": 3, "data": "a"}
+  generate.check_same(path, old)  # nothing is there yet
+  path.write_text(json.dumps(old))
+  generate.check_same(path, old)
+  with pytest.raises(errors.ConfigError) as caught:
+    generate.check_same(path, old | {"prompts_per_shard": 2, "data": "b"})
+  assert caught.value.slug == "config.other_run"
+  assert caught.value.got == "prompts_per_shard: 3 -> 2; data: 'a' -> 'b'"
+
+
 def test_random_weights_are_not_sampled_from(tmp_path):
-  done = run_cases.run("generate", tmp_path / "run", tmp_path / "cache",
-                       "--config.data.path=x.jsonl")
-  assert done.returncode == 2
-  assert "error[config.missing]" in done.stderr and "model.path" in done.stderr
+  config = {"model": {"path": None}}
+  with pytest.raises(errors.ConfigError) as caught:
+    verbs.generate(config, tmp_path / "run")
+  assert caught.value.where == "model.path"
   assert not (tmp_path / "run").exists()
 
 
