@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
+import pathlib
 import random
 import signal
 import socket
@@ -360,6 +361,19 @@ def ask_as_a_client(port, i, kind, body):
   return found
 
 
+@pytest.mark.skipif(
+    not pathlib.Path("/proc/net/tcp").exists(), reason="needs Linux")
+def test_a_process_listens_to_this_machine_alone(process):
+  listening = set()
+  for name in ("tcp", "tcp6"):
+    for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+      local, state = line.split()[1], line.split()[3]
+      host, port = local.split(":")
+      if state == "0A" and int(port, 16) == process.port:
+        listening.add(host)
+  assert listening == {"0100007F"}  # 127.0.0.1
+
+
 def test_200_clients_get_what_the_service_gives(model, process):
   rng = random.Random(0)
   kinds, bodies = [], []
@@ -391,7 +405,7 @@ def test_a_killed_server_comes_back_and_the_answer_is_the_same(
     model, process, tmp_path):
   folder, config = model
   remote = connect(
-      process.url, config, spool=tmp_path / "spool", patience=60.0)
+      process.url, config, spool=tmp_path / "spool", patience=120.0)
   remote.update(serve_cases.params_of(config, 1), 7)
   asked = request(40, num_samples=16)
   want = direct(config, 1, 7).generate(**asked)

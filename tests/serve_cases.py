@@ -83,8 +83,9 @@ class FakeEngine:
         [request, place, 0] for place in range(len(request.sample_indices))]
 
   def cancel(self, request_id, sample=None):
-    assert any(slot[0].request_id == request_id
-               for slot in self.waiting + self.active)
+    if not any(slot[0].request_id == request_id
+               for slot in self.waiting + self.active):
+      raise KeyError(request_id)
 
     def keep(slot):
       mine = slot[0].request_id == request_id and sample in (None, slot[1])

@@ -27,6 +27,7 @@ from absl import logging
 
 from mcpo_jax import errors
 from mcpo_jax.generation.sampling import Sampling
+from mcpo_jax.generation.worker import wrong_version
 from mcpo_jax.models import hf
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import GenerationResult, Params
@@ -142,10 +143,10 @@ class RemoteService:
     served = self._served()
     if self._pushed is not None:
       if require_version not in (None, self._pushed.version):
-        raise _other_version(self._pushed.version, require_version)
+        raise wrong_version(self._pushed.version, require_version)
       require_version = self._pushed.version
     if require_version is not None and not served.own:
-      raise _other_version(None, require_version)
+      raise wrong_version(None, require_version)
     if sampling.max_new_tokens is None:
       sampling = sampling._replace(max_new_tokens=self._length)
     body = {"model": served.model, "n": num_samples, "seed": seed,
@@ -165,7 +166,7 @@ class RemoteService:
       answers = list(pool.map(self._complete, bodies))
     versions = {answer.get("policy_version", -1) for answer in answers}
     if len(versions) > 1:
-      raise _other_version(sorted(versions), require_version)
+      raise wrong_version(sorted(versions), require_version)
     plain = served.own or sampling == Sampling(
         max_new_tokens=sampling.max_new_tokens, stop=sampling.stop,
         stop_ids=sampling.stop_ids)
@@ -205,7 +206,7 @@ class RemoteService:
           raise
         got = e.got
       if time.monotonic() - began > self._patience:
-        raise _other_version(got, pushed.version)
+        raise wrong_version(got, pushed.version)
       logging.warning("the server has other weights; it gets version %d again",
                       pushed.version)
       self._push()
@@ -356,9 +357,3 @@ def _pause(attempt: int) -> float:
   """Seconds before the next attempt: longer each time, never in step with
   those of other clients."""
   return min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.0)
-
-
-def _other_version(got: Any, want: int | None) -> errors.ServiceError:
-  return errors.ServiceError(
-      "service.version", "the service has other weights than required",
-      where="require_version", got=got, want=want)

@@ -6,6 +6,7 @@ the jobs that wait, so a job is of one version.
 """
 
 import collections
+import contextlib
 import functools
 import itertools
 import queue
@@ -199,11 +200,11 @@ class Worker:
            and self._engine.num_waiting < self._num_slots):
       job = self._waiting.popleft()
       if self.failure is not None:
-        self._finish(job, self.failure)
+        self._end(job, self.failure)
         continue
       wanted = job.ask.require_version
       if wanted is not None and wanted != self.version:
-        self._finish(job, wrong_version(self.version, wanted))
+        self._end(job, wrong_version(self.version, wanted))
         continue
       self._begin(job)
 
@@ -221,9 +222,7 @@ class Worker:
             number, prompt, ask.prompt_ids[place], ask.sample_indices,
             ask.sampling, ask.seed))
       except errors.ServiceError as e:
-        del self._jobs[number], job.requests[number]
-        self._withdraw(job)
-        self._finish(job, e)
+        self._end(job, e)
         return
 
   def _tell(self, news: list[engine_lib.Progress]) -> None:
@@ -234,11 +233,8 @@ class Worker:
     for job, some in events.items():
       job.tell(some)
       self.counts["tokens"] += sum(len(event.tokens) for event in some)
-      for number in {n for n in job.requests if n in self._jobs} - {
-          n for n, _ in job.running}:
-        del self._jobs[number]
       if not job.running:
-        self._finish(job, None)
+        self._end(job, None)
 
   def _event(self, job: Job, one: engine_lib.Progress) -> Event:
     stream = job.running[one.request_id, one.sample]
@@ -266,18 +262,16 @@ class Worker:
     if not job.requests:
       self._waiting.remove(job)
     self.counts["cancelled"] += len(job.running) or job.ask.num_samples
-    self._withdraw(job)
-    self._finish(job, error)
+    self._end(job, error)
 
-  def _withdraw(self, job: Job) -> None:
-    for number in {n for n, _ in job.running} & job.requests.keys():
-      if not self._engine.idle:  # as it is when it has dropped everything
+  def _end(self, job: Job, error: Exception | None) -> None:
+    """Frees what a job still holds and tells its end."""
+    for number in {number for number, _ in job.running}:
+      with contextlib.suppress(KeyError):  # the engine has dropped it itself
         self._engine.cancel(number)
     for number in job.requests:
-      self._jobs.pop(number, None)
+      del self._jobs[number]
     job.running.clear()
-
-  def _finish(self, job: Job, error: Exception | None) -> None:
     job.over = True
     with self._lock:
       self._taken -= job.ask.num_samples
@@ -286,8 +280,7 @@ class Worker:
   def _fail(self, error: errors.McpoError) -> None:
     self.failure = error
     for job in {*self._jobs.values()}:
-      self._withdraw(job)
-      self._finish(job, error)
+      self._end(job, error)
 
   def _close(self) -> None:
     self._closing = True
@@ -296,8 +289,8 @@ class Worker:
           "service.stopping", "the server has been stopped"))
 
 
-def wrong_version(served: int, wanted: int) -> errors.ServiceError:
-  """The refusal of a request that requires other weights."""
+def wrong_version(served: Any, wanted: Any) -> errors.ServiceError:
+  """The refusal where other weights are required than there are."""
   return errors.ServiceError(
       "service.version", "the service has other weights than required",
       where="require_version", got=served, want=wanted)
