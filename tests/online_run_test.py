@@ -102,12 +102,16 @@ def test_a_run_killed_in_a_round_ends_with_the_same_weights(
 def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
   flags = ["--config.online.policy_lag=1", "--config.reference.source=ema",
            "--config.online.replay_rounds=1", "--config.num_steps=6",
-           "--config.checkpoint.every_steps=3"]
-  whole = succeed(home, "lag", *flags)
+           "--config.checkpoint.every_steps=3",
+           "--config.generation.num_devices=1"]  # one trains, one samples
+  two = {"XLA_FLAGS": run_cases.environment("")["XLA_FLAGS"]
+         + " --xla_force_host_platform_device_count=2"}
+  whole = succeed(home, "lag", *flags, **two)
   assert [p.policy_step for p in pools(whole)] == [0, 0, 2]
-  killed = train(home, "lag killed", *flags, MCPO_FAULT="step.before@5")
+  killed = train(
+      home, "lag killed", *flags, MCPO_FAULT="step.before@5", **two)
   assert killed.returncode == -9
-  again = succeed(home, "lag killed", *flags)
+  again = succeed(home, "lag killed", *flags, **two)
   assert losses(again) == losses(whole)
   assert (run_cases.summary(again)["params/sha256"]
           == run_cases.summary(whole)["params/sha256"])
