@@ -14,6 +14,7 @@ from mcpo_jax.stages import export as export_stage
 from mcpo_jax.stages import generate as generate_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.stages import preference as preference_stage
+from mcpo_jax.stages import reward_model as reward_model_stage
 from mcpo_jax.stages import serve as serve_stage
 from mcpo_jax.stages import sft as sft_stage
 from mcpo_jax.training import metrics, setup
@@ -27,6 +28,7 @@ def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
   stages = {"sft": sft_stage.run_sft,
+            "reward_model": reward_model_stage.run_reward_model,
             "preference": preference_stage.run_preference,
             "evaluate": evaluate_stage.run_evaluate,
             "export": export_stage.run_export}
@@ -48,7 +50,7 @@ def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Candidates of the workdir's last stage, or of model.path."""
-  generate_stage.check_weights(config, workdir)
+  results.check_weights(config, workdir)
   sampling.check_reward(config)  # missed now if missing, not after the model
   run = setup.open_run(config, workdir)
   summary = generate_stage.run_generate(run)

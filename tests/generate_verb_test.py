@@ -15,7 +15,7 @@ from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.evaluation import samples
 from mcpo_jax.generation.sampling import Sampling
-from mcpo_jax.stages import generate
+from mcpo_jax.stages import generate, results
 from mcpo_jax.types import GenerationResult
 
 REWARD = """
@@ -250,7 +250,7 @@ def written(tok, tmp_path):
       config, FakeService(),
       lambda prompts, completions, **_: [len(c) for c in completions], prompts,
       7)
-  weights = generate.Weights("run/sft", None, 7)
+  weights = results.Weights("run/sft", None, 7)
   return [generate.record(data, row, row, draws, weights, "abc")
           for row in range(2)]
 
@@ -337,9 +337,9 @@ def test_a_finished_model_of_the_workdir_comes_before_given_weights(
   given = types.SimpleNamespace(
       workdir=tmp_path / "run", model_dir="given",
       config={"model": {"path": "given"}})
-  assert generate.find_weights(given) == ("given", "given", 0)
+  assert results.find_weights(given) == ("given", "given", 0)
   for stage, step in (("sft", 5), ("preference", 9)):
     (tmp_path / "run" / stage).mkdir(parents=True)
     (tmp_path / "run" / stage / "result.json").write_text(
         json.dumps({"step": step}))
-    assert generate.find_weights(given) == (f"run/{stage}", stage, step)
+    assert results.find_weights(given) == (f"run/{stage}", stage, step)

@@ -33,17 +33,8 @@ from mcpo_jax.stages import results, sampling
 from mcpo_jax.training import setup
 from mcpo_jax.types import GenerationResult
 
-_STAGES = ("preference", "sft")  # the later one first
 # Columns of the store that are no columns of the record.
 _OWN = ("where", "sources", "ref_logps")
-
-
-class Weights(NamedTuple):
-  """What is sampled from."""
-
-  name: str  # told in the records' `sources`
-  folder: pathlib.Path
-  step: int  # updates behind them, 0 of given weights
 
 
 class Draw(NamedTuple):
@@ -53,31 +44,6 @@ class Draw(NamedTuple):
   seed: int
   result: GenerationResult
   scores: np.ndarray | None  # [R, N], None without a reward
-
-
-def check_weights(config: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Looks for weights before anything is made.
-
-  Raises:
-    ConfigError: config.missing, random weights have nothing to say.
-  """
-  finished = [(workdir / stage / "result.json").exists() for stage in _STAGES]
-  if not (config["model"]["path"] or any(finished)):
-    raise errors.ConfigError(
-        "config.missing", "no stage has finished in this workdir, and no "
-        "weights are given", where="model.path",
-        hint="--config.model.path=FOLDER, or run `train` first")
-
-
-def find_weights(run: setup.Run) -> Weights:
-  """Those that the last finished stage ended with, or those of model.path."""
-  for stage in _STAGES:
-    result = run.workdir / stage / "result.json"
-    if result.exists():
-      return Weights(f"{run.workdir.resolve().name}/{stage}",
-                     results.finished(run, stage),
-                     json.loads(result.read_text())["step"])
-  return Weights(run.config["model"]["path"], run.model_dir, 0)
 
 
 def run_generate(run: setup.Run) -> dict[str, Any]:
@@ -96,7 +62,7 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
   data = setup.open_store(
       run, options["data_path"], options["data_format"], name="generate",
       prompts_only=True)
-  weights = find_weights(run)
+  weights = results.find_weights(run)
   model, start = setup.open_model(run, weights.folder)
   params = start()
   sha = hf.params_sha256(params)
@@ -246,7 +212,7 @@ def draw(
 
 def record(
     data: store_lib.Store, row: int, i: int, draws: Sequence[Draw],
-    weights: Weights, sha: str,
+    weights: results.Weights, sha: str,
 ) -> dict[str, Any]:
   """The native record of one prompt, K samples with where each came from.
 

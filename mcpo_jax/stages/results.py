@@ -1,10 +1,22 @@
 """What a stage ended with, where the next one finds it."""
 
+import json
 import pathlib
+from typing import Any, NamedTuple
 
 from mcpo_jax import commit, errors
 from mcpo_jax.models import hf
 from mcpo_jax.training import setup
+
+_POLICIES = ("preference", "sft")  # the later one first
+
+
+class Weights(NamedTuple):
+  """What is sampled from."""
+
+  name: str  # told in the records' `sources`
+  folder: pathlib.Path
+  step: int  # updates behind them, 0 of given weights
 
 
 def save_model(run, folder, params, model) -> None:
@@ -35,3 +47,28 @@ def finished(run: setup.Run, stage: str) -> pathlib.Path:
         hint="run `train` first")
   commit.verify(folder / "model")
   return folder / "model"
+
+
+def check_weights(config: dict[str, Any], workdir: pathlib.Path) -> None:
+  """Looks for weights before anything is made.
+
+  Raises:
+    ConfigError: config.missing, random weights have nothing to say.
+  """
+  finished = [(workdir / stage / "result.json").exists() for stage in _POLICIES]
+  if not (config["model"]["path"] or any(finished)):
+    raise errors.ConfigError(
+        "config.missing", "no stage has finished in this workdir, and no "
+        "weights are given", where="model.path",
+        hint="--config.model.path=FOLDER, or run `train` first")
+
+
+def find_weights(run: setup.Run) -> Weights:
+  """Those that the last finished stage ended with, or those of model.path."""
+  for stage in _POLICIES:
+    result = run.workdir / stage / "result.json"
+    if result.exists():
+      return Weights(f"{run.workdir.resolve().name}/{stage}",
+                     finished(run, stage),
+                     json.loads(result.read_text())["step"])
+  return Weights(run.config["model"]["path"], run.model_dir, 0)

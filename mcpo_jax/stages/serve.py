@@ -14,7 +14,7 @@ from mcpo_jax.generation import engine as engine_lib
 from mcpo_jax.generation import requests, server, worker
 from mcpo_jax.generation import token as token_lib
 from mcpo_jax.models import hf
-from mcpo_jax.stages import generate, sampling
+from mcpo_jax.stages import results, sampling
 from mcpo_jax.training import setup
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.types import Params
@@ -26,7 +26,7 @@ def run_serve(config: dict[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     ConfigError, CheckpointError, ModelDirError; ResourceError: `serve.port`.
   """
-  generate.check_weights(config, workdir)
+  results.check_weights(config, workdir)
   options = config["serve"]
   token = token_lib.read_token(options["token_path"])
   if options["public"]:
@@ -34,7 +34,7 @@ def run_serve(config: dict[str, Any], workdir: pathlib.Path) -> None:
                     "hosts that are trusted reach %s", options["host"])
   own = server.bind(options["host"], options["port"])
   run = setup.open_run(config, workdir)
-  weights = generate.find_weights(run)
+  weights = results.find_weights(run)
   model, start = setup.open_model(run, weights.folder)
   front = make_server(run, model, start(), weights.step, token)
   server.run(front.app(), own, grace_seconds=options["grace_seconds"])
