@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from serve_cases import LENGTH, POSITIONS, Served, answer_of, send, wait_for
 
 from mcpo_jax import errors
-from mcpo_jax.generation import answers, requests, worker
+from mcpo_jax.generation import requests, transport, worker
 from mcpo_jax.generation.sampling import Sampling
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
@@ -441,6 +441,23 @@ def test_g13_a_model_that_fails_gives_no_token_until_it_is_replaced(
   assert served.ask(COMPLETIONS, ADDRESS)[0] == 200
 
 
+def test_a_stream_that_fails_midway_says_so(own):
+  served = own()
+  step, done = served.engine.step, []
+
+  def breaking(max_tokens):
+    done.append(max_tokens)
+    served.engine.broken = len(done) > 2
+    return step(max_tokens)
+
+  served.engine.step = breaking
+  status, text, _ = served.ask(COMPLETIONS, ADDRESS | {"stream": True, "n": 9})
+  *pieces, last = text.strip().split("\n\n")
+  assert status == 200 and len(pieces) >= 2
+  error = json.loads(last.removeprefix("data: "))["error"]
+  assert error["slug"] == "generation.non_finite"
+
+
 def test_a_failing_engine_is_told_to_all_and_the_server_stays(own):
   served = own()
   served.engine.step = lambda n: 1 / 0
@@ -460,7 +477,7 @@ def test_g15_a_key_gives_one_generation_and_the_same_answer(own):
     asked = [pool.submit(served.ask, COMPLETIONS, body, idempotency_key="k")
              for _ in range(3)]
     wait_for(lambda: any(e.waiters == 3 for e in (
-        served.front._answers._entries.values())))
+        served.front._once._entries.values())))
     served.engine.go.set()
     answers = [a.result()[1] for a in asked]
   answers.append(served.ask(COMPLETIONS, body, idempotency_key="k")[1])
@@ -480,14 +497,14 @@ def test_g15_errors_are_not_kept_and_memory_is_bounded(own, monkeypatch):
   served = own()
   served.engine.broken = True
   assert served.ask(COMPLETIONS, ADDRESS, idempotency_key="a")[0] == 500
-  entries = served.front._answers._entries
+  entries = served.front._once._entries
   assert not entries
   served.engine.broken, served.worker.failure = False, None
-  monkeypatch.setattr(answers, "_KEPT_ANSWERS", 3)
+  monkeypatch.setattr(transport, "_KEPT_ANSWERS", 3)
   for i in range(9):
     assert served.ask(COMPLETIONS, ADDRESS, idempotency_key=str(i))[0] == 200
   assert list(entries) == ["6", "7", "8"]
-  monkeypatch.setattr(answers, "_KEPT_BYTES", 10)
+  monkeypatch.setattr(transport, "_KEPT_BYTES", 10)
   served.ask(COMPLETIONS, ADDRESS, idempotency_key="x")
   assert not entries
 
@@ -610,7 +627,7 @@ def test_200_clients_at_once_leave_no_slot_behind(own):
   wait_for(lambda: served.engine.idle and not served.worker._jobs)
   metrics = served.metrics()
   assert metrics["mcpo_samples_active"] == 0 == metrics["mcpo_samples_waiting"]
-  assert not served.front._answers._entries
+  assert not served.front._once._entries
 
 
 def test_a_worker_that_closes_tells_everyone(own):

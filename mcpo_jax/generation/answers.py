@@ -1,19 +1,22 @@
-"""How answers leave the server: to whom, once per key, whole or as events."""
+"""What the server's answers say, as OpenAI's clients read them.
 
-import asyncio
-import collections
-import contextlib
-import dataclasses
-import hmac
+Beside their fields an answer has `policy_version` and `policy_sha256`, of the
+weights that wrote all of it, and log-probs of both laws: `token_logprobs` (in a
+chat `logprob`) of the one drawn from, `raw_logprobs` (`raw_logprob`) of the raw
+policy, in nats. With return_token_ids a choice has `token_ids` and
+`prompt_token_ids`.
+"""
+
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+import uuid
 from typing import Any
 
-from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from mcpo_jax import errors
-from mcpo_jax.generation import requests
+from mcpo_jax.generation.requests import Ask
+from mcpo_jax.generation.worker import Event
 
 # What is not 422.
 _STATUS = {
@@ -24,150 +27,102 @@ _STATUS = {
     "service.full": 503, "service.stopping": 503, "service.failed": 500,
     "generation.non_finite": 500,
 }
-# Answers that are kept for whoever asks again with the same key.
-_KEPT_ANSWERS, _KEPT_BYTES = 256, 2**26
 
 
-class Answers:
-  """One generation per idempotency key, however often it is asked for."""
+class Writer:
+  """The answer to one request, whole or in pieces."""
 
-  @dataclasses.dataclass
-  class _Entry:
-    task: asyncio.Future
-    digest: bytes
-    waiters: int = 0
+  def __init__(self, ask: Ask, tokenizer: Any, model: str):
+    """`tokenizer` of transformers, `model` the name that is told."""
+    self._ask, self._tokenizer = ask, tokenizer
+    kind = "text_completion"
+    if ask.chat:
+      kind = "chat.completion" + (".chunk" if ask.stream else "")
+    self._common = {"id": uuid.uuid4().hex, "object": kind,
+                    "created": int(time.time()), "model": model}
+    self._begun: set[tuple[int, int]] = set()
+    self._num_tokens = 0
 
-  def __init__(self):
-    self._entries: collections.OrderedDict[Any, Answers._Entry] = (
-        collections.OrderedDict())
+  def whole(self, events: list[Event]) -> bytes:
+    """The body of an answer, of all events in their order."""
+    count = len(self._ask.sample_indices)
+    parts = [[] for _ in range(self._ask.num_samples)]
+    for event in events:
+      parts[event.prompt * count + event.sample].append(event)
+    choices = [self._choice(_joined(some)) for some in parts]
+    return json.dumps(self._envelope(events[0]) | {
+        "choices": choices, "usage": self._usage()}).encode()
 
-  async def once(
-      self,
-      key: str | None,
-      digest: bytes,
-      make: Callable[[], Awaitable[bytes]],
-      gone: asyncio.Future,
-  ) -> bytes:
-    """The answer of `make`, or of the request before with the same key.
+  def piece(self, event: Event) -> bytes:
+    """One event of a stream."""
+    return sse(self._envelope(event) | {"choices": [self._choice(event)]})
 
-    Args:
-      key: None if the client named none.
-      digest: of the request; another one with the same key is refused.
-      make: called once; cancelled when nobody waits for it any more.
-      gone: done when this client has left.
+  def end(self, last: Event) -> bytes:
+    """What a stream ends with."""
+    done = b"data: [DONE]\n\n"
+    if not self._ask.include_usage:
+      return done
+    return sse(self._envelope(last) | {
+        "choices": [], "usage": self._usage()}) + done
 
-    Raises:
-      ServiceError: `request.idempotency_key`; what `make` raises.
-      ClientDisconnect: the client has left.
-    """
-    key = object() if key is None else key
-    entry = self._entries.get(key)
-    if entry is None:
-      entry = self._entries[key] = self._Entry(
-          asyncio.ensure_future(make()), digest)
-    elif not hmac.compare_digest(entry.digest, digest):
-      raise requests.refuse(
-          "idempotency-key", "the key was used for another request",
-          kind="idempotency_key")
-    entry.waiters += 1
-    try:
-      await asyncio.wait({entry.task, gone}, return_when="FIRST_COMPLETED")
-      if not entry.task.done():
-        raise ClientDisconnect()
-      return entry.task.result()
-    finally:
-      entry.waiters -= 1
-      if not entry.waiters:
-        entry.task.cancel()  # without effect if it is done
-      self._forget(key, entry)
+  def _envelope(self, event: Event) -> dict[str, Any]:
+    return self._common | {"policy_version": event.version,
+                           "policy_sha256": event.sha256}
 
-  def _forget(self, key: Any, entry: _Entry) -> None:
-    """Drops what is not to be given again, and the oldest above the limit."""
-    if not entry.waiters and not (isinstance(key, str) and _is_good(entry)):
-      self._entries.pop(key, None)
-    kept = {k: len(e.task.result()) for k, e in self._entries.items()
-            if _is_good(e)}
-    while kept and (
-        len(kept) > _KEPT_ANSWERS or sum(kept.values()) > _KEPT_BYTES):
-      oldest = next(iter(kept))
-      del kept[oldest], self._entries[oldest]
+  def _choice(self, event: Event) -> dict[str, Any]:
+    """A sample, or what it has grown by."""
+    ask, place = self._ask, (event.prompt, event.sample)
+    begins = place not in self._begun
+    self._begun.add(place)
+    self._num_tokens += len(event.tokens)
+    choice = {
+        "index": event.prompt * len(ask.sample_indices) + event.sample,
+        "finish_reason": event.finish_reason,
+        "logprobs": self._logprobs(event) if ask.logprobs else None}
+    if not ask.chat:
+      choice["text"] = event.text
+    elif ask.stream:
+      role = {"role": "assistant"} if begins else {}
+      choice["delta"] = role | {"content": event.text}
+    else:
+      choice["message"] = {"role": "assistant", "content": event.text}
+    if ask.return_token_ids:
+      choice["token_ids"] = event.tokens
+      if begins:
+        choice["prompt_token_ids"] = ask.prompts[event.prompt].tolist()
+    return choice
 
+  def _logprobs(self, event: Event) -> dict[str, Any]:
+    tokens = [self._tokenizer.decode([token]) for token in event.tokens]
+    if not self._ask.chat:
+      return {"tokens": tokens, "token_logprobs": event.logps,
+              "raw_logprobs": event.raw_logps, "top_logprobs": None}
+    return {"content": [
+        {"token": token, "logprob": logp, "raw_logprob": raw, "bytes": None,
+         "top_logprobs": []}
+        for token, logp, raw in zip(tokens, event.logps, event.raw_logps)]}
 
-def _is_good(entry: Answers._Entry) -> bool:
-  """Whether there is an answer."""
-  task = entry.task
-  return task.done() and not task.cancelled() and task.exception() is None
-
-
-class TokenAuth:
-  """Asks for the token before anything else is looked at."""
-
-  def __init__(self, app, token: str):
-    self._app, self._token = app, f"Bearer {token}".encode()
-
-  async def __call__(self, scope, receive, send):
-    if scope["type"] == "http" and not (
-        scope["method"] == "GET" and scope["raw_path"] == b"/healthz"):
-      given = dict(scope["headers"]).get(b"authorization", b"")
-      if not hmac.compare_digest(given, self._token):
-        answer = refusal(errors.ServiceError(
-            "request.token", "a token is needed", where="authorization"))
-        answer.headers["www-authenticate"] = "Bearer"
-        return await answer(scope, receive, send)
-    return await self._app(scope, receive, send)
+  def _usage(self) -> dict[str, int]:
+    prompt = sum(map(len, self._ask.prompts))
+    return {"prompt_tokens": prompt, "completion_tokens": self._num_tokens,
+            "total_tokens": prompt + self._num_tokens}
 
 
-class EventStream(Response):
-  """Server-sent events, until they end or the client leaves."""
-
-  media_type = "text/event-stream"
-
-  def __init__(self, pieces: AsyncIterator[bytes]):
-    super().__init__()
-    del self.headers["content-length"]
-    self._pieces = pieces
-
-  async def __call__(self, scope, receive, send):
-    left = asyncio.ensure_future(gone(Request(scope, receive)))
-    begun = False
-    try:
-      async with contextlib.aclosing(self._pieces) as pieces:
-        while True:
-          piece = asyncio.ensure_future(anext(pieces, None))
-          await asyncio.wait({piece, left}, return_when="FIRST_COMPLETED")
-          if not piece.done():
-            piece.cancel()
-            await asyncio.wait({piece})
-            return
-          try:
-            body = piece.result()
-          except errors.McpoError as e:
-            if not begun:
-              return await refusal(e)(scope, receive, send)
-            body = sse({"error": told(e)})
-          if not begun:
-            begun = True
-            await send({"type": "http.response.start", "status": 200,
-                        "headers": self.raw_headers})
-          await send({"type": "http.response.body", "body": body or b"",
-                      "more_body": body is not None})
-          if body is None:
-            return
-    finally:
-      left.cancel()
-
-
-async def gone(request: Request) -> None:
-  """Returns when the client has left; the body was read before."""
-  while (await request.receive())["type"] != "http.disconnect":
-    pass
+def _joined(parts: list[Event]) -> Event:
+  """A whole sample of its events."""
+  return parts[-1]._replace(
+      text="".join(part.text for part in parts),
+      **{name: [x for part in parts for x in getattr(part, name)]
+         for name in ("tokens", "logps", "raw_logps")})
 
 
 def sse(content: dict[str, Any]) -> bytes:
+  """A server-sent event."""
   return b"data: " + json.dumps(content).encode() + b"\n\n"
 
 
 def told(error: errors.McpoError) -> dict[str, Any]:
+  """What a refusal says."""
   told = {"slug": error.slug, "field": error.where, "message": error.message,
           "got": error.got, "want": error.want, "hint": error.hint or None}
   return {name: value if isinstance(value, int | float) else str(value)
@@ -175,6 +130,7 @@ def told(error: errors.McpoError) -> dict[str, Any]:
 
 
 def refusal(error: errors.McpoError) -> Response:
+  """A refusal as an answer, with its status."""
   headers = {"retry-after": "1"} if error.slug == "service.full" else None
   return JSONResponse(
       told(error), _STATUS.get(error.slug, 422), headers=headers)

@@ -15,13 +15,11 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
-import json
 import pathlib
 import signal
 import socket
 import tempfile
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -35,7 +33,7 @@ from starlette.routing import Route
 
 from mcpo_jax import errors
 from mcpo_jax.data.tokenizer import Tokenizer
-from mcpo_jax.generation import answers, requests
+from mcpo_jax.generation import answers, requests, transport
 from mcpo_jax.generation.worker import Event, Weights, Worker
 
 JSON, SAFETENSORS = "application/json", "application/safetensors"
@@ -76,7 +74,7 @@ class Server:
     """
     self._worker, self._tokenizer, self._limits = worker, tokenizer, limits
     self._load, self._options = load, options
-    self._answers = answers.Answers()
+    self._once = transport.OnceByKey()
     self._updating = False
     self._began = int(time.time())
 
@@ -96,7 +94,7 @@ class Server:
             errors.McpoError: _on_refusal, HTTPException: _on_http_error,
             ClientDisconnect: _on_leaving, Exception: _on_bug})
     app.router.redirect_slashes = False
-    app.add_middleware(answers.TokenAuth, token=self._options.token)
+    app.add_middleware(transport.TokenAuth, token=self._options.token)
     return app
 
   @contextlib.asynccontextmanager
@@ -167,11 +165,11 @@ class Server:
       if key is not None:
         raise requests.refuse(
             "stream", "an answer with an idempotency key comes whole")
-      return answers.EventStream(self._stream(ask))
+      return transport.EventStream(self._stream(ask))
     digest = hashlib.sha256(request.url.path.encode() + body).digest()
-    gone = asyncio.ensure_future(answers.gone(request))
+    gone = asyncio.ensure_future(transport.gone(request))
     try:
-      answer = await self._answers.once(
+      answer = await self._once.get(
           key, digest, lambda: self._whole(ask), gone)
     finally:
       gone.cancel()
@@ -196,70 +194,18 @@ class Server:
       self._worker.cancel(job)
 
   async def _whole(self, ask: requests.Ask) -> bytes:
-    count = len(ask.sample_indices)
-    parts = [[] for _ in range(ask.num_samples)]
     async with contextlib.aclosing(self._events(ask)) as events:
-      async for event in events:
-        parts[event.prompt * count + event.sample].append(event)
-    whole = [_joined(some) for some in parts]
-    return json.dumps(self._envelope(ask, whole[0], uuid.uuid4().hex) | {
-        "choices": [self._choice(ask, event) for event in whole],
-        "usage": _usage(ask, sum(len(event.tokens) for event in whole)),
-    }).encode()
+      return self._writer(ask).whole([event async for event in events])
 
   async def _stream(self, ask: requests.Ask) -> AsyncIterator[bytes]:
-    name, tokens, begun, event = uuid.uuid4().hex, 0, set(), None
+    writer = self._writer(ask)
     async with contextlib.aclosing(self._events(ask)) as events:
       async for event in events:
-        tokens += len(event.tokens)
-        sample = event.prompt, event.sample
-        yield answers.sse(self._envelope(ask, event, name) | {
-            "choices": [self._choice(ask, event, begins=sample not in begun)]})
-        begun.add(sample)
-    if ask.include_usage:
-      yield answers.sse(self._envelope(ask, event, name) | {
-          "choices": [], "usage": _usage(ask, tokens)})
-    yield b"data: [DONE]\n\n"
+        yield writer.piece(event)
+    yield writer.end(event)
 
-  def _envelope(self, ask, event: Event, name: str) -> dict[str, Any]:
-    kind = "text_completion"
-    if ask.chat:
-      kind = "chat.completion" + (".chunk" if ask.stream else "")
-    return {
-        "id": name, "object": kind, "created": int(time.time()),
-        "model": self._limits.model, "policy_version": event.version,
-        "policy_sha256": event.sha256}
-
-  def _choice(self, ask, event: Event, *, begins: bool = True):
-    """One sample, or with `stream` what it has grown by."""
-    choice = {
-        "index": event.prompt * len(ask.sample_indices) + event.sample,
-        "finish_reason": event.finish_reason, "logprobs": None}
-    if not ask.chat:
-      choice["text"] = event.text
-    elif ask.stream:
-      role = {"role": "assistant"} if begins else {}
-      choice["delta"] = role | {"content": event.text}
-    else:
-      choice["message"] = {"role": "assistant", "content": event.text}
-    if ask.logprobs:
-      choice["logprobs"] = self._logprobs(ask, event)
-    if ask.return_token_ids:
-      choice["token_ids"] = event.tokens
-      if begins:
-        choice["prompt_token_ids"] = ask.prompts[event.prompt].tolist()
-    return choice
-
-  def _logprobs(self, ask, event: Event) -> dict[str, Any]:
-    """Of the law drawn from, and as raw_logprobs of the raw policy."""
-    tokens = [self._tokenizer.hf.decode([token]) for token in event.tokens]
-    if not ask.chat:
-      return {"tokens": tokens, "token_logprobs": event.logps,
-              "raw_logprobs": event.raw_logps, "top_logprobs": None}
-    return {"content": [
-        {"token": token, "logprob": logp, "raw_logprob": raw, "bytes": None,
-         "top_logprobs": []}
-        for token, logp, raw in zip(tokens, event.logps, event.raw_logps)]}
+  def _writer(self, ask: requests.Ask) -> answers.Writer:
+    return answers.Writer(ask, self._tokenizer.hf, self._limits.model)
 
   # Weights.
 
@@ -336,20 +282,6 @@ class Server:
       if got > limit:
         raise _too_long(f"more than {limit}", limit)
       yield piece
-
-
-def _joined(parts: list[Event]) -> Event:
-  """A whole sample of its events."""
-  return parts[-1]._replace(
-      text="".join(part.text for part in parts),
-      **{name: [x for part in parts for x in getattr(part, name)]
-         for name in ("tokens", "logps", "raw_logps")})
-
-
-def _usage(ask: requests.Ask, tokens: int) -> dict[str, int]:
-  prompt = sum(map(len, ask.prompts))
-  return {"prompt_tokens": prompt, "completion_tokens": tokens,
-          "total_tokens": prompt + tokens}
 
 
 def _media_type(request: Request) -> str:
