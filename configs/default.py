@@ -39,7 +39,8 @@ def get_config() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
   # Seed of every random draw: weights, data order, kernel, sampling.
   config.seed = 0
-  # What to run, in this order, of "sft", "preference", "evaluate", "export".
+  # What to run, in this order, of "sft", "reward_model", "preference",
+  # "evaluate", "export".
   config.stages = ("sft", "preference", "evaluate", "export")
   # Updates of the preference stage. Exactly one of num_steps and num_epochs.
   config.num_steps = config_dict.placeholder(int)
@@ -303,6 +304,23 @@ def get_config() -> ml_collections.ConfigDict:
   sft.batch_size = 32
   # Its own optimizer, with the fields of config.optimizer.
   sft.optimizer = _optimizer()
+
+  # --- Reward model: a stage that learns scores from preferences --------------
+  reward_model = config.reward_model = ml_collections.ConfigDict()
+  # Records with preferences, as data.path. Required by the stage; what it
+  # trains lies in <workdir>/reward_model/model, for reward.path.
+  reward_model.data_path = config_dict.placeholder(str)
+  # Layout of data_path, as data.format.
+  reward_model.data_format = "auto"
+  # Share of its prompts that is held out for its accuracy, by the same hash as
+  # data.eval_fraction; prompts that are held out there are not trained on.
+  reward_model.eval_fraction = 0.1
+  # Updates of the stage, from what sft ends with, or else from the model.
+  reward_model.num_steps = 900
+  # Prompts per update, each with one negative; over all devices and hosts.
+  reward_model.batch_size = 32
+  # Its own optimizer, with the fields of config.optimizer.
+  reward_model.optimizer = _optimizer()
 
   # --- Mesh: devices along each axis; one of them may be -1 (all that is left)
   mesh = config.mesh = ml_collections.ConfigDict()

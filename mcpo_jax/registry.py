@@ -130,6 +130,13 @@ CORE = {
         strategies=("none",),
         reduce="tokens",
     ),
+    "bradley_terry": Objective(
+        "mcpo_jax.objectives.bradley_terry:bradley_terry_loss",
+        {},
+        anchors=(),
+        strategy="random",
+        strategies=("random", "all"),
+    ),
 }
 
 PAIRWISE = {

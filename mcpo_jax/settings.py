@@ -26,7 +26,7 @@ from mcpo_jax.registry import OBJECTIVES, REWARDS, SCORES, STRATEGIES, Setting
 CONFIG_VERSION = 1
 
 
-STAGES = ("sft", "preference", "evaluate", "export")
+STAGES = ("sft", "reward_model", "preference", "evaluate", "export")
 
 FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
            "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens",
@@ -139,6 +139,11 @@ KEYS: dict[str, Setting] = {
     "sft.data_format": _FORMAT,
     "sft.num_steps": _COUNT,
     "sft.batch_size": _COUNT,
+    "reward_model.data_path": _or_none(),
+    "reward_model.data_format": _FORMAT,
+    "reward_model.eval_fraction": Setting(low=0.0, high=0.9),
+    "reward_model.num_steps": _COUNT,
+    "reward_model.batch_size": _COUNT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
     "mesh.tensor": _AXIS,
@@ -223,7 +228,7 @@ KEYS: dict[str, Setting] = {
     "compare.minutes": _or_none(_COUNT._replace(low=0)),
 } | {
     f"{group}optimizer.{name}": setting
-    for group in ("", "sft.")
+    for group in ("", "sft.", "reward_model.")
     for name, setting in _OPTIMIZER.items()
 } | {  # checked by those that read them
     key: _or_none()
@@ -419,10 +424,12 @@ def _check_run(config) -> list[errors.McpoError]:
       found.append(errors.ConfigError(
           "config.missing", "the preference stage needs data",
           where="data.path", hint="--config.data.path=FILE"))
-  if "sft" in stages and not config["sft"]["data_path"]:
-    found.append(errors.ConfigError(
-        "config.missing", "the sft stage needs data", where="sft.data_path",
-        hint="--config.sft.data_path=FILE, or leave sft out of stages"))
+  for stage in ("sft", "reward_model"):
+    if stage in stages and not config[stage]["data_path"]:
+      found.append(errors.ConfigError(
+          "config.missing", f"the {stage} stage needs data",
+          where=f"{stage}.data_path", hint=f"--config.{stage}.data_path=FILE, "
+          f"or leave {stage} out of stages"))
   if not config["tokenizer"]["path"] and config["model"]["path"]:
     config["tokenizer"]["path"] = config["model"]["path"]
   if config["data"]["eval_path"] and config["data"]["eval_fraction"]:
@@ -451,6 +458,8 @@ def _check_texts(config) -> list[errors.McpoError]:
   for key, text in (("data.path", data["path"]),
                     ("data.eval_path", data["eval_path"]),
                     ("sft.data_path", config["sft"]["data_path"]),
+                    ("reward_model.data_path",
+                     config["reward_model"]["data_path"]),
                     ("generate.data_path", config["generate"]["data_path"])):
     try:
       sources += parse_sources(text) if text else []
