@@ -44,4 +44,5 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.evaluation.num_prompts = 512
   config.export.dtype = "bfloat16"
+  config.log.candidates_every_steps = 100
   return config
