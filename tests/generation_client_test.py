@@ -320,7 +320,7 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def process(model, tmp_path_factory):
   one = serve_cases.Process(
-      model[0], tmp_path_factory.mktemp("serve"),
+      tmp_path_factory.mktemp("serve"), f"--config.model.path={model[0]}",
       **{"serve.max_samples": 2000})
   yield one
   one.kill()
@@ -414,8 +414,13 @@ def test_a_killed_server_comes_back_and_the_answer_is_the_same(
     got = pool.submit(remote.generate, **asked, require_version=7)
     wait_for(lambda: process.metrics()["mcpo_tokens_total"] > before + 50)
     assert process.kill() == -signal.SIGKILL and not got.done()
-    two = serve_cases.Process(folder, tmp_path, process.port)  # version 0
+    # What comes back serves a workdir, and so other weights.
+    workdir = serve_cases.trained(tmp_path / "run", folder, 3)
+    two = serve_cases.Process(
+        tmp_path, f"--workdir={workdir}", f"--config.tokenizer.path={folder}",
+        port=process.port)
     check_equal(got.result(), want)
+  assert "version 7 after 3" in two.log.read_text()
   assert two.metrics()["mcpo_weight_updates_total"] == 1
 
   # A trainer that begins anew brings an older version, and any weights.

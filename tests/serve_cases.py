@@ -7,6 +7,7 @@ import http.client
 import json
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import string
@@ -22,7 +23,7 @@ import run_cases
 import safetensors.numpy
 import uvicorn
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.generation import engine as engine_lib
 from mcpo_jax.generation import requests, server, worker
@@ -97,7 +98,7 @@ class FakeEngine:
     self.active = [slot for slot in self.active if keep(slot)]
 
   def step(self, max_tokens):
-    self.go.wait(20)
+    self.go.wait(60)
     if self.broken:
       self.waiting, self.active = [], []
       raise errors.NonFiniteError("generation.non_finite", "NaN")
@@ -222,7 +223,7 @@ def events_of(text):
   return [json.loads(line.removeprefix("data: ")) for line in lines]
 
 
-def wait_for(ready, seconds=20.0):
+def wait_for(ready, seconds=60.0):
   end = time.monotonic() + seconds
   while not ready():
     assert time.monotonic() < end, "never came"
@@ -244,6 +245,16 @@ def model_folder(folder):
   return folder / "model", config
 
 
+def trained(workdir, model, step):
+  """A workdir whose stage sft ended with this model after `step` updates."""
+  place = workdir / "sft"
+  shutil.copytree(model, place / "model")
+  (place / "model" / "manifest.json").unlink()
+  commit.write_manifest(place / "model", {})
+  (place / "result.json").write_text(json.dumps({"step": step}))
+  return workdir
+
+
 def edit_weights(path, content, change):
   """Writes a safetensors file after change(tensors)."""
   tensors = safetensors.numpy.load(content)
@@ -260,8 +271,9 @@ def params_of(config, seed):
 class Process:
   """A server as its own process, with its real command line."""
 
-  def __init__(self, model, folder, port=0, **changes):
-    flags = {"model.path": model, "serve.port": port,
+  def __init__(self, folder, *words, port=0, **changes):
+    """`words` say what is served; the log and the cache lie in `folder`."""
+    flags = {"serve.port": port,
              "serve.num_slots": 16, "data.max_prompt_length": 40,
              "data.max_completion_length": LENGTH} | changes
     self.log = folder / "serve.log"
@@ -269,7 +281,7 @@ class Process:
       began = log.tell()
       self.process = subprocess.Popen(
           [sys.executable, "-m", "mcpo_jax", "serve",
-           "--config=configs/serve.py",
+           "--config=configs/serve.py", *words,
            *(f"--config.{key}={value}" for key, value in flags.items())],
           env=run_cases.environment(folder, MCPO_SERVE_TOKEN=TOKEN),
           cwd=run_cases.ROOT, stdout=log, stderr=log)
