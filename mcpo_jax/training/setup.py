@@ -244,12 +244,18 @@ def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
   return tokenizer
 
 
+def training_sources(config: dict[str, Any]) -> list[tuple[str, str]]:
+  """(path, format) of what each stage trains on, in the stages' order."""
+  groups = [config[stage] for stage in ("sft", "reward_model")
+            if stage in config["stages"]]
+  data = config["data"]
+  named = [(group["data_path"], group["data_format"]) for group in groups]
+  return [pair for pair in [*named, (data["path"], data["format"])] if pair[0]]
+
+
 def training_texts(config: dict[str, Any]) -> Iterator[str]:
   """Prompts and completions of the first stage that trains."""
-  group = config["sft"] if "sft" in config["stages"] else config["data"]
-  path, format = (
-      (group["data_path"], group["data_format"]) if "sft" in config["stages"]
-      else (group["path"], group["format"]))
+  path, format = training_sources(config)[0]
   for source, _ in settings.parse_sources(path):
     yield from store_lib.training_texts(source, format)
 
@@ -268,9 +274,8 @@ def check_sources(config: dict[str, Any]) -> None:
   Raises:
     DataError: data.no_files, data.unreadable.
   """
-  data = config["data"]
-  texts = [config["sft"]["data_path"]] if "sft" in config["stages"] else []
-  for text in filter(None, [*texts, data["path"], data["eval_path"]]):
+  texts = [path for path, _ in training_sources(config)]
+  for text in filter(None, [*texts, config["data"]["eval_path"]]):
     for path, _ in settings.parse_sources(text):
       if not (path.startswith(records.EMBEDDED) or files.is_hub_name(path)):
         files.expand(path)
