@@ -405,7 +405,7 @@ def test_a_killed_server_comes_back_and_the_answer_is_the_same(
     model, process, tmp_path):
   folder, config = model
   remote = connect(
-      process.url, config, spool=tmp_path / "spool", patience=120.0)
+      process.url, config, spool=tmp_path / "spool", patience=240.0)
   remote.update(serve_cases.params_of(config, 1), 7)
   asked = request(40, num_samples=16)
   want = direct(config, 1, 7).generate(**asked)
@@ -482,7 +482,7 @@ def check_end(process):
   """SIGTERM lets what runs end."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     last = pool.submit(
-        process.ask, COMPLETIONS, {"prompt": "QUOKKA", "n": 200})
+        process.ask, COMPLETIONS, {"prompt": "QUOKKA", "n": 30})
     wait_for(lambda: process.metrics()["mcpo_samples_active"])
     assert process.kill(signal.SIGTERM) == 0
     assert last.result()[0] == 200
