@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mcpo_jax import errors, settings
+from mcpo_jax.data import files
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.evaluation import samples
@@ -54,8 +55,8 @@ def check_reward(config: dict[str, Any]) -> None:
   for member, _ in settings.parse_rewards(options.pop("name") or "length"):
     if member != "reward_model":
       rewards.load_reward(member, **options)
-    elif "reward_model" not in config["stages"] and not os.path.isdir(
-        options["path"]):
+    elif "reward_model" not in config["stages"] and not (
+        os.path.isdir(options["path"]) or files.is_hub_name(options["path"])):
       raise errors.ConfigError(
           "reward.path", "no such folder", where="reward.path",
           got=options["path"])
