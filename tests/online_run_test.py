@@ -121,7 +121,7 @@ def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
     ("spin", ["--config.objective.name=spin", "--config.kernel.strategy=random",
               "--config.online.preferred=data", "--config.reward.name=None",
               "--config.online.num_candidates=2"]),
-    ("sppo rounds", ["--config.objective.name=sppo",
+    ("inpo rounds", ["--config.objective.name=inpo",
                      "--config.kernel.strategy=random",
                      "--config.online.num_candidates=3"]),
     ("rso, half offline", [
@@ -137,10 +137,17 @@ def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
     ("accelerated", ["--config.objective.name=dpo",
                      "--config.kernel.strategy=random",
                      "--config.reference.source=previous_round",
-                     "--config.online.extrapolation=0.3"]),
+                     "--config.online.extrapolation=0.3",
+                     "--config.online.judge=online_rewards:shortest"]),
 ])
 def test_methods_of_rounds_run_from_a_config(home, name, flags):
   flags = ["--config.kernel.temperature=None", "--config.num_steps=4", *flags]
+  if name == "ipo_md":  # records that are a prompt and nothing else
+    path = home[0] / "prompts.jsonl"
+    path.write_text("".join(
+        json.dumps({"prompt": f"colour of thing {i}"}) + "\n"
+        for i in range(12)))
+    flags.append(f"--config.data.path={path}")
   folder = succeed(home, name, *flags)
   made = pools(folder)
   assert [p.policy_step for p in made] == [0, 2]
@@ -150,9 +157,10 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
       assert one.sources[0] == "data" and set(one.sources[1:]) <= {"policy"}
       assert own.preferred == 0 and np.isnan(own.scores).all()
       assert one.texts[0].startswith("the ") and "prev" in one.anchors
-    elif name == "sppo rounds":
+    elif name == "inpo rounds":
       np.testing.assert_allclose(
           one.anchors["prev"], own.behaviour_raw_logps, atol=1e-4)
+      assert "ref" in one.anchors
     elif name == "rso, half offline":
       assert own.multiplicity.sum() == 4
       assert "data" in one.sources and np.isfinite(own.scores).all()
@@ -169,6 +177,10 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
     later = [s.candidates for s in made[1].sets]
     assert any(np.abs(s.behaviour_logps - s.behaviour_raw_logps).max() > 1e-6
                for s in later)
+  if name == "accelerated":  # minus the words of a sample
+    judged = [r for r in run_cases.metrics(folder) if "judge/mean" in r]
+    assert len(judged) == 2
+    assert all(r["judge/mean"] < 0 < r["judge/sem"] for r in judged)
   values = [r["loss"] for r in run_cases.metrics(folder) if "loss" in r]
   assert np.isfinite(values).all()
 

@@ -36,8 +36,8 @@ from mcpo_jax.training import stage as stage_lib
 
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
-    r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|"
-    r"checkpoint\.(every_steps|keep))$")
+    r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|serve\..*|"
+    r"generation\.(url|spool|token_path)|checkpoint\.(every_steps|keep))$")
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
