@@ -8,7 +8,6 @@ reward model. Every step is a command line of the project; this file writes the
 arithmetic data, runs the lines, and makes the table of what they left behind.
 
   python benchmarks/online_rewards.py --workdir=runs/online_rewards \
-      --pairs=../shared/data/kwise/hh_harmless_pairs.train.jsonl.gz \
       --out=benchmarks/online_rewards.md
 """
 
@@ -73,18 +72,16 @@ def arithmetic(workdir: pathlib.Path) -> dict:
       "--config.reward.name=exact_match", "--config.reward.patterns_path=None")
 
 
-def harmless(workdir: pathlib.Path, pairs: str) -> tuple[dict, dict]:
+def harmless(workdir: pathlib.Path) -> tuple[dict, dict]:
   """The reward model, and the run that it drives."""
-  model = train("configs/reward_model_hh.py", workdir / "reward_model",
-                f"--config.reward_model.data_path={pairs}",
-                f"--config.sft.data_path={pairs}")
-  policy = train(
-      "configs/reward_model_hh.py", workdir / "harmless", *ONLINE,
-      f"--config.data.path={pairs}", f"--config.sft.data_path={pairs}",
-      f"--config.reward_model.data_path={pairs}",
+  config = "configs/reward_model_hh.py"
+  model = train(config, workdir / "reward_model")
+  return model, train(
+      config, workdir / "harmless", *ONLINE,
+      "--config.data.path=../shared/data/kwise/"
+      "hh_harmless_pairs.train.jsonl.gz",
       "--config.reward.name=reward_model",
       f"--config.reward.path={workdir / 'reward_model/reward_model/model'}")
-  return model, policy
 
 
 def row(name: str, workdir: pathlib.Path, summary: dict) -> str:
@@ -114,12 +111,11 @@ def main() -> None:
   """Runs everything and writes the table."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--workdir", type=pathlib.Path, required=True)
-  parser.add_argument("--pairs", required=True)
   parser.add_argument("--out", type=pathlib.Path, required=True)
   options = parser.parse_args()
   workdir = options.workdir.resolve()
   sums = arithmetic(workdir)
-  model, policy = harmless(workdir, str(pathlib.Path(options.pairs).resolve()))
+  model, policy = harmless(workdir)
   minutes = resource.getrusage(resource.RUSAGE_CHILDREN)
   head = ("reward", "updates", "tied sets", "round 1", "last round",
           "held out: start", "aligned", "difference", "greedy: start",
@@ -130,9 +126,8 @@ def main() -> None:
       capture_output=True).stdout.strip()
   options.out.write_text("\n".join([
       "# Rewards that drive OnMC-PO", "",
-      "Command: `python benchmarks/online_rewards.py --workdir=runs/"
-      "online_rewards --pairs=../shared/data/kwise/"
-      "hh_harmless_pairs.train.jsonl.gz --out=benchmarks/online_rewards.md`",
+      "Command: `python benchmarks/online_rewards.py "
+      "--workdir=runs/online_rewards --out=benchmarks/online_rewards.md`",
       "",
       f"Commit {commit}; {(minutes.ru_utime + minutes.ru_stime) / 60:.1f} CPU "
       "minutes in all. A reward model trained on pairs: held-out accuracy "
