@@ -184,19 +184,21 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(
 
   # Three prompts of two slots each; the second slot of each is a token behind
   # the first, and the ring begins in the middle and comes round.
-  prompts = np.full((3, 5), 28, np.int32)  # a pad id that is a token too
+  # The pages lie in a wrong order.
+  prompts = np.full((3, 64), 28, np.int32)  # a pad id that is a token too
   for row, size, prompt in zip(rows, lengths, prompts):
     prompt[: size - 1] = row[: size - 1]
   weights = jax.jit(decoder.unstack_layers, static_argnums=1)(params, dtype)
   cache = decoder.init_cache(
-      config, groups=3, slots=2, prompt_length=7, own_length=6, dtype=dtype
+      config, groups=3, slots=2, own_length=6, parts=1, pages=4, dtype=dtype
   )
   prefill = jax.jit(decoder.prefill, static_argnums=1)
-  for group in (2, 0, 1, 3):  # 3: stored nowhere
-    which = slice(group % 3, group % 3 + 1)
+  pages = decoder.Pages(np.array([[1, -1, 0, 2]]), np.zeros((1, 4), int))
+  for group, page in ((0, 2), (1, 0), (2, 3), (1, 4)):  # 4: stored nowhere
+    which = slice(group, group + 1)
     cache = prefill(
         weights, config, cache, prompts[which], lengths[which] - 1,
-        np.array([group], np.int32),
+        np.array([[page]], np.int32),
     )
   step = jax.jit(decoder.decode_step, static_argnums=1)
   for i in range(6):
@@ -204,7 +206,7 @@ def test_cached_decoding_gives_the_logits_of_the_full_forward(
     at = lengths[:, None] + ages - 1
     tokens = np.stack([row[here] for row, here in zip(rows, at)])
     logits, cache = step(
-        weights, config, cache, tokens, lengths - 1, ages, (i + 4) % 6
+        weights, config, cache, pages, tokens, lengths - 1, ages, (i + 4) % 6
     )
     assert logits.dtype == dtype
     want = full[np.arange(3)[:, None], at]
@@ -228,15 +230,16 @@ def test_a_mesh_of_all_axes_gives_what_one_device_gives():
     logps = lambda p: scoring.token_logps(p, config, streams)
     grads = jax.grad(lambda p: (logps(p) ** 2).sum())(params)
     cache = decoder.init_cache(
-        config, groups=8, slots=2, prompt_length=3, own_length=2
+        config, groups=8, slots=2, own_length=2, parts=8, pages=2
     )
     weights = decoder.unstack_layers(params, jnp.float32)
-    cache = decoder.prefill(
-        weights, config, cache, streams.tokens, lengths, jnp.zeros(8, int)
-    )
+    prompts = jnp.pad(streams.tokens, ((0, 0), (0, 61)))
+    page = jnp.ones((8, 1), int)
+    cache = decoder.prefill(weights, config, cache, prompts, lengths, page)
+    pages = decoder.Pages(jnp.array([[-1, 0]] * 8), jnp.zeros((8, 2), int))
     tokens, ages = streams.tokens[:, :2], jnp.zeros((8, 2), int)
     after, cache = decoder.decode_step(
-        weights, config, cache, tokens, lengths, ages, 0
+        weights, config, cache, pages, tokens, lengths, ages, 0
     )
     return grads, (logps(params), after, cache)
 

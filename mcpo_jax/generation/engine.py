@@ -26,7 +26,7 @@ from mcpo_jax.models import decoder
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params
 
-_SHORTEST = 64  # the ladder of prompt lengths: 64, 128, 256, ...
+_FEWEST = 8  # pages
 _WIDEST = 8  # the most slots of a group
 MAX_STOP_IDS = 16  # of a request, beside the engine's own
 COLDEST = 1e-3  # temperature above 0: below it float32 tells nothing apart
@@ -177,19 +177,24 @@ class Engine:
 
   def step(self, max_tokens: int) -> list[Progress]:
     """Refills and decodes; see the class."""
+    max_tokens = min(max_tokens, sampler.STRETCH)
     self._refill()
     if not self._held:
       return []
+    slots = self._slots
     for group, job in enumerate(self._prompts):
-      self._slots.wanted[group] = job is not None and bool(job.waiting)
-    self._slots.queued[...] = any(job.waiting for job in self._jobs.values())
+      slots.wanted[group] = job is not None and bool(job.waiting)
+    slots.queued[...] = any(job.waiting for job in self._jobs.values())
+    ends = np.minimum(slots.counts + max_tokens, slots.max_new_tokens)
+    self._grow(own_length=_ring(ends[slots.active].max()))
     with self._context():
       self._memory, drawn = self._kernels.decode(
-          self._models, self._weights, self._memory, self._put(self._slots),
-          np.int32(self._clock), np.int32(min(max_tokens, sampler.STRETCH)),
+          self._models, self._weights, self._memory, self._put(slots),
+          np.int32(self._clock), np.int32(max_tokens),
       )
     drawn = jax.tree.map(np.asarray, drawn)
-    self._clock = (self._clock + int(drawn.numbers.max())) % self._max_new
+    # Every length of the ring divides 2^30.
+    self._clock = (self._clock + int(drawn.numbers.max())) % 2**30
     return self._tell(drawn)
 
   def _tell(self, drawn: sampler.Drawn) -> list[Progress]:
@@ -244,15 +249,17 @@ class Engine:
     waiting = [job for job in self._jobs.values() if job.waiting]
     if not waiting:
       return
-    self._make_room(waiting)
+    if not self._held:
+      self._lay_out(waiting)
     for group, job in enumerate(self._prompts):
       if job is not None:
         self._seat(group, job)
     size = len(self._prompts) // self._parts
     while True:
       busy = {group for group, _ in self._held}
-      batch = []  # one free group of each part, as far as there are some
-      for first in range(0, len(self._prompts), size):
+      batch = {}  # one free group of each part, as far as there are some
+      for part in range(self._parts):
+        first = part * size
         free = [g for g in range(first, first + size) if g not in busy]
         waiting = [job for job in waiting if job.waiting]
         if free and waiting:
@@ -260,20 +267,13 @@ class Engine:
           job = min(waiting, key=self._prompts.count)
           self._prompts[free[0]] = job
           self._seat(free[0], job)
-          batch.append((free[0], job.request))
+          batch[part] = free[0] - first, job.request
       if not batch:
         return
-      self._prefill(batch, size)
+      self._prefill(batch)
 
-  def _make_room(self, waiting: list[_Job]) -> None:
-    """Lays the slots out anew if all are free; grows them for long prompts."""
-    longest = max(len(job.request.prompt) for job in waiting)
-    length = _rung(longest)
-    if self._held:
-      if length > self._memory.prompts.shape[1]:
-        with self._context():
-          self._memory = self._kernels.grow(self._memory, length)
-      return
+  def _lay_out(self, waiting: list[_Job]) -> None:
+    """Arranges the slots, all of them free, for what waits."""
     # Slots of a group share the product with the prompt's keys, but those that
     # end early wait for the last: with a queue, half as many slots take turns.
     samples = max(len(job.waiting) for job in waiting)
@@ -281,19 +281,44 @@ class Engine:
     width = 2 ** (width.bit_length() - 1)
     if sum(len(job.waiting) for job in waiting) > self._num_slots:
       width = max(1, width // 2)
-    groups = max(1, self._num_slots // (width * self._parts)) * self._parts
+    size = max(1, self._num_slots // (width * self._parts))
+    groups = size * self._parts
+    needs = [_num_pages(job.request.prompt) for job in waiting]
+    pages = max(max(needs), math.ceil(sum(needs[:groups]) / self._parts))
+    if self._slots is None or self._slots.active.shape != (groups, width):
+      held = 0
+    else:
+      held = self._slots.pages.groups.shape[1]
+    # Pages that are there will do, unless most of them would be empty.
+    if not pages <= held <= max(2 * pages, _FEWEST):
+      held = max(_FEWEST, _rung(pages, 4))
+    self._memory = None  # before the new one is made
+    with self._context():
+      self._memory = self._kernels.init(
+          groups, width, _ring(1), self._parts, held, len(self._models)
+      )
+    self._slots = _empty_slots(
+        groups, width, len(self._stop_ids) + MAX_STOP_IDS, self._parts, held
+    )
     self._prompts = [None] * groups
-    shape = groups, width
-    if self._slots is None or (
-        (*shape, length) != (*self._slots.active.shape,
-                             self._memory.prompts.shape[1])
-    ):
-      self._memory = None  # before the new one is made
-      with self._context():
-        self._memory = self._kernels.init(
-            *shape, length, self._max_new, len(self._models)
-        )
-    self._slots = _empty_slots(*shape, len(self._stop_ids) + MAX_STOP_IDS)
+
+  def _grow(self, *, own_length: int = 0, pages: int = 0) -> None:
+    """Makes room for longer samples or for more pages."""
+    owner, start = self._slots.pages
+    more = max(0, pages - owner.shape[1])
+    now = self._memory.own.shape[2]
+    if not more and own_length <= now:
+      return
+    pad = lambda x, value: np.pad(
+        x, ((0, 0), (0, more)), constant_values=value
+    )
+    self._slots = self._slots._replace(
+        pages=decoder.Pages(pad(owner, -1), pad(start, 0))
+    )
+    with self._context():
+      self._memory = self._kernels.grow(
+          self._memory, max(own_length, now), owner.shape[1] + more
+      )
 
   def _seat(self, group: int, job: _Job) -> None:
     """Begins samples of the group's prompt in its free slots."""
@@ -323,19 +348,32 @@ class Engine:
     slots.stop_ids[place] = -1
     slots.stop_ids[place][: len(stops)] = stops
 
-  def _prefill(self, batch: list[tuple[int, Request]], size: int) -> None:
-    """Runs prompts, at most one in each part of the groups."""
-    width = _rung(max(len(request.prompt) for _, request in batch))
-    tokens = np.zeros((self._parts, width), np.int32)
+  def _prefill(self, batch: dict[int, tuple[int, Request]]) -> None:
+    """Runs prompts, at most one in each part: part -> group in it, request."""
+    most = 0
+    for part, (group, request) in batch.items():
+      owner = self._slots.pages.groups[part]
+      owner[owner == group] = -1  # of the group's prompt before
+      used = int((owner >= 0).sum())
+      most = max(most, used + _num_pages(request.prompt))
+    if most > self._slots.pages.groups.shape[1]:
+      self._grow(pages=_rung(most, 4))
+    owner, start = self._slots.pages
+    longest = max(_num_pages(request.prompt) for _, request in batch.values())
+    width = _rung(longest, 2)
+    tokens = np.zeros((self._parts, width * decoder.PAGE), np.int32)
     lengths = np.zeros(self._parts, np.int32)
-    groups = np.full(self._parts, size, np.int32)  # nowhere
-    for group, request in batch:
-      part, groups[part] = divmod(group, size)
+    pages = np.full((self._parts, width), owner.shape[1], np.int32)
+    for part, (group, request) in batch.items():
       ids = request.prompt[:-1]  # the last is the first that a slot runs
       tokens[part, : len(ids)], lengths[part] = ids, len(ids)
+      number = _num_pages(request.prompt)
+      free = np.nonzero(owner[part] < 0)[0][:number]
+      pages[part, :number], owner[part, free] = free, group
+      start[part, free] = decoder.PAGE * np.arange(number)
     with self._context():
       self._memory = self._kernels.prefill(
-          self._models, self._memory, *self._put((tokens, lengths, groups))
+          self._models, self._memory, *self._put((tokens, lengths, pages))
       )
 
   # --- devices ----------------------------------------------------------------
@@ -431,11 +469,25 @@ class Engine:
 _unstack = jax.jit(decoder.unstack_layers, static_argnums=1)
 
 
-def _rung(length: int) -> int:
-  return max(_SHORTEST, 2 ** math.ceil(math.log2(length)))
+def _rung(number: int, steps: int) -> int:
+  """The next of a ladder with so many steps from a power of two to the next."""
+  step = max(1, (1 << (number - 1).bit_length()) // (2 * steps))
+  return -(-number // step) * step
 
 
-def _empty_slots(groups: int, width: int, num_stops: int) -> sampler.Slots:
+def _ring(length: int) -> int:
+  """The length of the ring for so many own tokens."""
+  return decoder.PAGE * _rung(-(-int(length) // decoder.PAGE), 1)
+
+
+def _num_pages(prompt: np.ndarray) -> int:
+  """Pages of a prompt, at least one; its last token is in none."""
+  return max(1, -(-(len(prompt) - 1) // decoder.PAGE))
+
+
+def _empty_slots(
+    groups: int, width: int, num_stops: int, parts: int, pages: int
+) -> sampler.Slots:
   """Slots that nobody has, as numpy arrays that are written in place."""
   shape = groups, width
   floats = lambda value: np.full(shape, value, np.float32)
@@ -448,4 +500,8 @@ def _empty_slots(groups: int, width: int, num_stops: int) -> sampler.Slots:
       stop_ids=np.full((*shape, num_stops), -1, np.int32), wanted=ints(bool),
       queued=np.zeros((), bool), prompt_lengths=np.zeros(groups, np.int32),
       prompt_ids=np.zeros((groups, 2), np.uint32),
+      pages=decoder.Pages(
+          groups=np.full((parts, pages), -1, np.int32),
+          starts=np.zeros((parts, pages), np.int32),
+      ),
   )

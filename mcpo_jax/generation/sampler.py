@@ -3,8 +3,8 @@
 Token ids only. What is large lives on the device from call to call (`Memory`);
 what is small and changes with every request comes from the host (`Slots`).
 
-Letters beside those of types.py: G groups of W slots, K stop tokens of a slot,
-T tokens of a stretch.
+Letters beside those of types.py: G groups of W slots in F equal parts, Q pages
+of a part, C own tokens of a slot, K stop tokens of it, T tokens of a stretch.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
   """What stays on the device."""
 
   caches: tuple[decoder.Cache, ...]  # one per model
-  prompts: Array  # [G, P] int32, in the cache
+  prompts: Array  # [F, Q, PAGE] int32, tokens in the pages
   own: Array  # [G, W, C] int32, tokens in the own part of the cache
 
 
@@ -51,12 +51,13 @@ class Slots(NamedTuple):
   min_p: Array
   repetition_penalty: Array
   min_new_tokens: Array
-  max_new_tokens: Array  # at most C
+  max_new_tokens: Array
   stop_ids: Array  # [G, W, K] int32, -1 on empty places
   wanted: Array  # [G, W] bool, the prompt has further samples to begin
   queued: Array  # [] bool, further prompts wait for a group
   prompt_lengths: Array  # [G] int32, in the cache: all but the last token
   prompt_ids: Array  # [G, 2] uint32
+  pages: decoder.Pages
 
 
 class Drawn(NamedTuple):
@@ -72,13 +73,15 @@ class Drawn(NamedTuple):
 class Kernels(NamedTuple):
   """The compiled functions; memory that is handed to them is used up.
 
-  init(groups, slots, prompt_length, own_length, number of models) -> Memory.
-  grow(memory, prompt_length) -> Memory, for longer prompts.
-  prefill(models, memory, tokens [F, T], lengths [F], groups [F]) -> Memory; see
-    decoder.prefill. Compiled once per T and shape of the memory.
+  init(groups, slots, own_length, parts, pages, number of models) -> Memory.
+  grow(memory, own_length, pages) -> Memory, with more of both or one; the
+    own length is a multiple of that before.
+  prefill(models, memory, tokens [F, P], lengths [F], pages [F, P / PAGE]) ->
+    Memory; see decoder.prefill. Compiled once per P and shape of the memory.
   decode(models, weights [number of models], memory, slots, clock [],
-    max_tokens []) -> (Memory, Drawn). clock counts the steps of all calls.
-    Compiled once per shape of the memory.
+    max_tokens []) -> (Memory, Drawn). clock counts the steps of all calls. A
+    slot has at most C tokens when it ends. Compiled once per shape of the
+    memory.
   """
 
   init: Callable[..., Memory]
@@ -113,69 +116,71 @@ def make_kernels(
   if vocab_size is not None and vocab_size < config.vocab_size:
     beyond = jnp.arange(config.vocab_size)[None] >= vocab_size
 
-  def init(groups, slots, prompt_length, own_length, number):
+  def init(groups, slots, own_length, parts, pages, number):
     cache = lambda: decoder.init_cache(
-        config, groups=groups, slots=slots, prompt_length=prompt_length,
-        own_length=own_length, dtype=compute_dtype,
+        config, groups=groups, slots=slots, own_length=own_length, parts=parts,
+        pages=pages, dtype=compute_dtype,
     )
     return pinned(Memory(
         caches=tuple(cache() for _ in range(number)),
-        prompts=jnp.zeros((groups, prompt_length), jnp.int32),
+        prompts=jnp.zeros((parts, pages, decoder.PAGE), jnp.int32),
         own=jnp.zeros((groups, slots, own_length), jnp.int32),
     ))
 
-  def grow(memory, prompt_length):
-    """Room for longer prompts beside what is there."""
-    longer = prompt_length - memory.prompts.shape[1]
+  def grow(memory, own_length, pages):
+    times = own_length // memory.own.shape[2]
+    # A token's column is the clock's remainder: in a ring of a whole multiple
+    # of the length it stands at one of its copies, and ages hide the others.
+    ring = lambda tree, axis: jax.tree.map(
+        lambda x: jnp.concatenate([x] * times, axis), tree
+    )
 
-    def pad(x, axis):
-      return jnp.pad(x, [(0, longer * (i == axis)) for i in range(x.ndim)])
+    def padded(tree):
+      def pad(x):
+        more = pages - x.shape[1]
+        return jnp.pad(x, [(0, more * (i == 1)) for i in range(x.ndim)])
 
-    return pinned(memory._replace(
+      return jax.tree.map(pad, tree)
+
+    return pinned(Memory(
         caches=tuple(
-            c._replace(
-                prompt_keys=tuple(pad(x, 3) for x in c.prompt_keys),
-                prompt_values=tuple(pad(x, 2) for x in c.prompt_values),
+            decoder.Cache(
+                padded(c.page_keys), padded(c.page_values),
+                ring(c.own_keys, 4), ring(c.own_values, 3),
             )
             for c in memory.caches
         ),
-        prompts=pad(memory.prompts, 1),
+        prompts=padded(memory.prompts),
+        own=ring(memory.own, 2),
     ))
 
   def pinned(memory):
-    """Groups over the batch axes, heads over "tensor" where it divides them."""
+    """Parts over the batch axes, heads over "tensor" where it divides them."""
     if mesh is None:
       return memory
     split = config.num_kv_heads % mesh.shape["tensor"] == 0
     heads = "tensor" if split else None
-    groups = sharding.BATCH_SPEC[0]
-    pin = lambda tree, *spec: jax.tree.map(
-        lambda x: sharding.constrain(x, groups, *spec), tree
+    batch = sharding.BATCH_SPEC[0]
+    pin = lambda tree: jax.tree.map(
+        lambda x: sharding.constrain(x, batch, None, heads), tree
     )
     return Memory(
-        caches=tuple(
-            decoder.Cache(
-                pin(c.prompt_keys, heads), pin(c.prompt_values, heads),
-                pin(c.own_keys, None, heads), pin(c.own_values, None, heads),
-            )
-            for c in memory.caches
-        ),
-        prompts=pin(memory.prompts),
-        own=pin(memory.own),
+        caches=tuple(decoder.Cache(*map(pin, c)) for c in memory.caches),
+        prompts=sharding.constrain(memory.prompts, batch),
+        own=sharding.constrain(memory.own, batch),
     )
 
-  def prefill(models, memory, tokens, lengths, groups):
-    parts, width = tokens.shape
-    prompts = memory.prompts.reshape(parts, -1, memory.prompts.shape[1])
-    prompts = prompts.at[jnp.arange(parts), groups, :width].set(
-        tokens, mode="drop"
-    )
-    return pinned(memory._replace(
+  def prefill(models, memory, tokens, lengths, pages):
+    parts = len(tokens)
+    split = tokens.reshape(parts, -1, decoder.PAGE)
+    where = jnp.arange(parts)[:, None], pages
+    return pinned(Memory(
         caches=tuple(
-            decoder.prefill(params, config, cache, tokens, lengths, groups)
+            decoder.prefill(params, config, cache, tokens, lengths, pages)
             for params, cache in zip(models, memory.caches)
         ),
-        prompts=prompts.reshape(memory.prompts.shape),
+        prompts=memory.prompts.at[where].set(split, mode="drop"),
+        own=memory.own,
     ))
 
   def choose(logits, weights, rows, active, seen):
@@ -214,21 +219,26 @@ def make_kernels(
     own_length = memory.own.shape[2]
 
     def seen(own, column, counts):
-      """[G * W, V] of the tokens in the cache."""
+      """[G * W, V] bool, True on the tokens in the cache."""
+      size = config.vocab_size
+      groups, starts = slots.pages
+      parts = len(groups)
+      part = jnp.arange(parts)[:, None]
+      lengths = slots.prompt_lengths.reshape(parts, -1)[part, groups]
+      place = starts[..., None] + jnp.arange(decoder.PAGE)[None, None]
+      stored = (groups >= 0)[..., None] & (place < lengths[..., None])
+      # Tokens outside the vocabulary are dropped.
+      prompts = jnp.where(stored, memory.prompts, size)
+      of_prompt = jnp.zeros((parts, shape[0] // parts, size), bool)
+      of_prompt = of_prompt.at[
+          part[..., None], groups[..., None], prompts
+      ].set(True, mode="drop").reshape(shape[0], 1, size)
       age = jnp.mod(column - jnp.arange(own_length), own_length)[None, None]
-      own = jnp.where(age <= counts[..., None], own, config.vocab_size)
-      place = jnp.arange(memory.prompts.shape[1])[None]
-      prompts = jnp.where(
-          place < slots.prompt_lengths[:, None], memory.prompts,
-          config.vocab_size,
-      )
-      prompts = jnp.broadcast_to(
-          prompts[:, None], (*shape, prompts.shape[1])
-      )
-      tokens = flat(jnp.concatenate([prompts, own], axis=-1))
-      index = jnp.arange(len(tokens))[:, None]
-      none = jnp.zeros((len(tokens), config.vocab_size), bool)
-      return none.at[index, tokens].set(True, mode="drop")
+      own = flat(jnp.where(age <= counts[..., None], own, size))
+      of_own = jnp.zeros((len(own), size), bool)
+      index = jnp.arange(len(own))[:, None]
+      of_own = of_own.at[index, own].set(True, mode="drop")
+      return flat(of_prompt | of_own.reshape(*shape, size))
 
     def goes_on(carry):
       step, idle, _, slots, _ = carry
@@ -244,8 +254,8 @@ def make_kernels(
       column = jnp.mod(clock + step, own_length)
       results = [
           decoder.decode_step(
-              params, config, cache, slots.tokens, slots.prompt_lengths,
-              slots.counts, column,
+              params, config, cache, slots.pages, slots.tokens,
+              slots.prompt_lengths, slots.counts, column,
           )
           for params, cache in zip(models, memory.caches)
       ]
@@ -303,8 +313,8 @@ def make_kernels(
   # What the host reads is whole on every device.
   drawn = None if mesh is None else (None, sharding.replicated(mesh))
   return Kernels(
-      init=jax.jit(init, static_argnums=range(5)),
-      grow=jax.jit(grow, static_argnums=1),
+      init=jax.jit(init, static_argnums=range(6)),
+      grow=jax.jit(grow, static_argnums=(1, 2)),
       prefill=jax.jit(prefill, donate_argnums=1),
       decode=jax.jit(decode, donate_argnums=2, out_shardings=drawn),
   )

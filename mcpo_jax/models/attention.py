@@ -1,7 +1,8 @@
 """Attention over streams and over a key-value cache.
 
 Letters beside those of types.py: H query heads, N key-value heads, E head
-width; of the cache G groups of W slots, P tokens of a prompt, C own tokens.
+width; of the cache G groups of W slots, C own tokens of each, and in each of F
+parts Q pages of T tokens of prompts.
 No mask of stream by stream is ever stored: each block of queries makes its own
 from slots and positions and meets only the keys that can stand before it.
 """
@@ -117,11 +118,12 @@ def visibility(queries: Slots, keys: Slots, window: jax.Array) -> jax.Array:
 
 def attend_cache(
     q: jax.Array,
-    prompt_keys: jax.Array,
-    prompt_values: jax.Array,
+    page_keys: jax.Array,
+    page_values: jax.Array,
+    page_groups: jax.Array,
+    see_page: jax.Array,
     own_keys: jax.Array,
     own_values: jax.Array,
-    see_prompt: jax.Array,
     see_own: jax.Array,
     *,
     scale: float,
@@ -129,17 +131,19 @@ def attend_cache(
 ) -> jax.Array:
   """One new token of each slot against its group's prompt and its own tokens.
 
-  The queries of a group's W slots meet the prompt's keys in one product; one
-  softmax runs over both kinds of keys. Keys have their tokens last and values
-  their width last: so XLA:CPU runs both products fast.
+  The queries of a group's W slots meet a page of their prompt in one product;
+  one softmax runs over all pages and the own tokens. Keys have their tokens
+  last and values their width last: so XLA:CPU runs both products fast.
 
   Args:
-    q: [G, W, H, E].
-    prompt_keys: [G, N, E, P].
-    prompt_values: [G, N, P, E].
+    q: [G, W, H, E]; the G groups are F equal parts.
+    page_keys: [F, Q, N, E, T].
+    page_values: [F, Q, N, T, E].
+    page_groups: [F, Q] int32, the group within the part that each page belongs
+      to, -1 for none.
+    see_page: [F, Q, W, T] bool, the keys that are seen; none of such pages.
     own_keys: [G, W, N, E, C], the new token's key among them.
     own_values: [G, W, N, C, E].
-    see_prompt: [G, W, P] bool, the keys that are seen.
     see_own: [G, W, C] bool, at least one of them in every slot.
     scale: factor on q·k.
     softcap: as in attend.
@@ -147,31 +151,58 @@ def attend_cache(
   Returns:
     [G, W, H, E] in the dtype of the values.
   """
-  groups, slots, heads, width = q.shape
+  parts, heads = page_groups.shape[0], own_keys.shape[2]
+  groups, slots, width = q.shape[0] // parts, q.shape[1], q.shape[3]
   wide, dtype = _wide(q.dtype), own_values.dtype
-  q = q.reshape(groups, slots, own_keys.shape[2], -1, width)
+  q = q.reshape(parts * groups, slots, heads, -1, width)
+  shared = q.shape[3]
+
+  def turn(x):
+    """[G, W, N, H / N, ...] to [F, G / F, N, W * H / N, ...]."""
+    x = jnp.swapaxes(x, 1, 2)
+    return x.reshape(parts, groups, heads, slots * shared, *x.shape[4:])
+
+  def of_pages(x):
+    """What each page's group has, [F, Q, ...] of [F, G / F, ...]."""
+    index = jnp.maximum(page_groups, 0)
+    return jnp.take_along_axis(x, index.reshape(*index.shape, 1, 1, 1), axis=1)
+
   prompt = jnp.einsum(
-      "gwnhe,gnep->gnwhp", q, prompt_keys, preferred_element_type=wide
+      "fqnae,fqnet->fqnat", of_pages(turn(q)), page_keys,
+      preferred_element_type=wide,
   )
-  prompt = _masked(prompt, see_prompt[:, None, :, None], scale, softcap)
+  see_page = jnp.repeat(see_page, shared, axis=2)[:, :, None]
+  prompt = _masked(prompt, see_page, scale, softcap)
   own = jnp.einsum(
       "gwnhe,gwnec->gwnhc", q, own_keys, preferred_element_type=wide
   )
   own = _masked(own, see_own[:, :, None, None], scale, softcap)
-  turn = lambda x: jnp.swapaxes(x, 1, 2)  # [G, N, W, ...] and [G, W, N, ...]
-  top = jnp.maximum(turn(prompt.max(-1)), own.max(-1))[..., None]
-  prompt, own = jnp.exp(prompt - turn(top)), jnp.exp(own - top)
-  total = turn(prompt.sum(-1, keepdims=True)) + own.sum(-1, keepdims=True)
+
+  member = page_groups[:, None] == jnp.arange(groups)[None, :, None]
+  best = prompt.max(-1)[:, None]
+  best = jnp.where(member[..., None, None], best, MASKED).max(2)
+  top = jnp.maximum(best, turn(own.max(-1)))[..., None]
+  prompt = jnp.exp(prompt - of_pages(top))
+  back = top.reshape(parts * groups, heads, slots, shared, 1)
+  own = jnp.exp(own - jnp.swapaxes(back, 1, 2))
+
+  # Sums over the pages of a group, as a product with zeros and ones.
+  gather = lambda x: jnp.einsum("fgq,fqnae->fgnae", member.astype(wide), x)
   of_prompt = jnp.einsum(
-      "gnwhp,gnpe->gnwhe", prompt.astype(dtype), prompt_values,
+      "fqnat,fqnte->fqnae", prompt.astype(dtype), page_values,
       preferred_element_type=wide,
   )
   of_own = jnp.einsum(
       "gwnhc,gwnce->gwnhe", own.astype(dtype), own_values,
       preferred_element_type=wide,
   )
-  out = (turn(of_prompt) + of_own) / total
-  return out.astype(dtype).reshape(groups, slots, heads, width)
+  total = gather(prompt.sum(-1, keepdims=True))
+  total = total + turn(own.sum(-1, keepdims=True))
+  out = (gather(of_prompt) + turn(of_own)) / total
+  out = out.astype(dtype).reshape(
+      parts * groups, heads, slots, shared, width
+  )
+  return jnp.swapaxes(out, 1, 2).reshape(parts * groups, slots, -1, width)
 
 
 def _softmax(scores, visible, scale, softcap):

@@ -6,7 +6,8 @@ layer to layer (window, RoPE base) is scanned beside them. Generation runs over
 unstacked layers instead: a scan would copy each layer's cache at every token.
 
 Letters beside those of types.py: H query heads, N key-value heads, E head
-width, L layers; of a cache G groups of W slots, P tokens of a prompt, C own.
+width, L layers; of a cache G groups of W slots, C own tokens of each, and in
+each of F parts Q pages of PAGE tokens of prompts.
 """
 
 from collections.abc import Callable
@@ -294,18 +295,30 @@ def _along_last(vector, x):
 # --- generation ---------------------------------------------------------------
 
 
-class Cache(NamedTuple):
-  """Keys and values of G prompts and of the own tokens of W slots of each.
+PAGE = 64  # tokens
 
-  L arrays of each kind. Prompt slot i holds position i. A slot's own tokens
-  stand in a ring: all slots write the same column at a time, so that no slot
-  has a place of its own to be scattered to.
+
+class Cache(NamedTuple):
+  """Keys and values of prompts and of the own tokens of G groups of W slots.
+
+  L arrays of each kind. A prompt is stored once for its group, in pages, so
+  that a long one takes no place beside short ones. A slot's own tokens stand
+  in a ring: all slots write the same column at a time, so that none has a
+  place of its own to be scattered to. The groups are F equal parts, each with
+  its own Q pages.
   """
 
-  prompt_keys: tuple[jax.Array, ...]  # [G, N, E, P]
-  prompt_values: tuple[jax.Array, ...]  # [G, N, P, E]
+  page_keys: tuple[jax.Array, ...]  # [F, Q, N, E, PAGE]
+  page_values: tuple[jax.Array, ...]  # [F, Q, N, PAGE, E]
   own_keys: tuple[jax.Array, ...]  # [G, W, N, E, C]
   own_values: tuple[jax.Array, ...]  # [G, W, N, C, E]
+
+
+class Pages(NamedTuple):
+  """Whose the pages are."""
+
+  groups: jax.Array  # [F, Q] int32, group within the part, -1: nobody's
+  starts: jax.Array  # [F, Q] int32, position of the page's first token
 
 
 def unstack_layers(params: Params, dtype: Any) -> Params:
@@ -335,8 +348,9 @@ def init_cache(
     *,
     groups: int,
     slots: int,
-    prompt_length: int,
     own_length: int,
+    parts: int,
+    pages: int,
     dtype: Any = jnp.float32,
 ) -> Cache:
   """An empty cache. Its dtype is the dtype that prefill and decode compute in.
@@ -345,8 +359,9 @@ def init_cache(
     config: the decoder.
     groups: G.
     slots: W of each group.
-    prompt_length: P.
     own_length: C.
+    parts: F.
+    pages: Q of each part.
     dtype: of keys and values.
   """
   heads, width = config.num_kv_heads, config.head_dim
@@ -354,8 +369,8 @@ def init_cache(
       jnp.zeros(shape, dtype) for _ in range(config.num_layers)
   )
   return Cache(
-      prompt_keys=layers(groups, heads, width, prompt_length),
-      prompt_values=layers(groups, heads, prompt_length, width),
+      page_keys=layers(parts, pages, heads, width, PAGE),
+      page_values=layers(parts, pages, heads, PAGE, width),
       own_keys=layers(groups, slots, heads, width, own_length),
       own_values=layers(groups, slots, heads, own_length, width),
   )
@@ -367,18 +382,18 @@ def prefill(
     cache: Cache,
     tokens: jax.Array,
     lengths: jax.Array,
-    groups: jax.Array,
+    pages: jax.Array,
 ) -> Cache:
   """Runs prompts and stores their keys and values.
 
   Args:
     params: from unstack_layers.
     config: static.
-    cache: from init_cache; its G groups are F equal parts.
-    tokens: [F, T] int32, padded on the right; T at most P. Prompt f is stored
-      in part f of the groups.
-    lengths: [F] int32, tokens of each prompt; 0 for an empty one.
-    groups: [F] int32, index within the part; G / F stores nothing.
+    cache: from init_cache.
+    tokens: [F, P] int32, padded on the right; P a multiple of PAGE. Prompt f
+      is stored in part f.
+    lengths: [F] int32, tokens of each prompt; 0 for none.
+    pages: [F, P / PAGE] int32, where each piece is stored; Q stores nothing.
 
   Returns:
     The cache.
@@ -394,20 +409,18 @@ def prefill(
   attend = _stream_attention(config, slots, keep=True)
   _, _, kept, _ = _run_layers(params, config, x, positions, attend, (), "none")
 
-  def store(whole, new):
-    split = whole.reshape(parts, -1, *whole.shape[1:])
-    where = (np.arange(parts), groups, slice(None))
-    where += tuple(slice(n) for n in new.shape[2:])
-    return split.at[where].set(new, mode="drop").reshape(whole.shape)
+  def store(whole, new, *axes):
+    new = new.reshape(parts, -1, PAGE, *new.shape[2:]).transpose(0, 1, *axes)
+    return whole.at[np.arange(parts)[:, None], pages].set(new, mode="drop")
 
+  keys, values = zip(*kept)
   return cache._replace(
-      prompt_keys=tuple(
-          store(whole, jnp.transpose(k, (0, 2, 3, 1)))
-          for whole, (k, _) in zip(cache.prompt_keys, kept)
+      page_keys=tuple(
+          store(*of_layer, 3, 4, 2) for of_layer in zip(cache.page_keys, keys)
       ),
-      prompt_values=tuple(
-          store(whole, jnp.swapaxes(v, 1, 2))
-          for whole, (_, v) in zip(cache.prompt_values, kept)
+      page_values=tuple(
+          store(*of_layer, 3, 2, 4)
+          for of_layer in zip(cache.page_values, values)
       ),
   )
 
@@ -416,6 +429,7 @@ def decode_step(
     params: Params,
     config: ModelConfig,
     cache: Cache,
+    pages: Pages,
     tokens: jax.Array,
     prompt_lengths: jax.Array,
     ages: jax.Array,
@@ -427,6 +441,7 @@ def decode_step(
     params: from unstack_layers.
     config: static.
     cache: of the tokens before.
+    pages: whose they are.
     tokens: [G, W] int32.
     prompt_lengths: [G] int32, tokens of the prompt in the cache.
     ages: [G, W] int32 below C, own tokens in the cache, in the columns before
@@ -437,9 +452,16 @@ def decode_step(
     logits [G, W, V] float32 of the next token, and the cache.
   """
   positions = prompt_lengths[:, None] + ages
-  prompt = jnp.arange(cache.prompt_values[0].shape[2])
-  distance = positions[..., None] - prompt[None, None]  # [G, W, P]
-  stored = prompt[None] < prompt_lengths[:, None]  # [G, P]
+  parts, slots = pages.groups.shape[0], tokens.shape[1]
+  index = jnp.maximum(pages.groups, 0)
+  lengths = prompt_lengths.reshape(parts, -1)
+  lengths = jnp.take_along_axis(lengths, index, axis=1)[..., None]
+  place = pages.starts[..., None] + jnp.arange(PAGE)[None, None]
+  stored = (pages.groups >= 0)[..., None] & (place < lengths)  # [F, Q, PAGE]
+  queries = jnp.take_along_axis(
+      positions.reshape(parts, -1, slots), index[..., None], axis=1
+  )
+  distance = queries[..., None] - place[:, :, None]  # [F, Q, W, PAGE]
   length = cache.own_values[0].shape[3]
   age = jnp.mod(column - jnp.arange(length), length)[None, None]  # [1, 1, C]
 
@@ -453,11 +475,12 @@ def decode_step(
     )
     out = attention.attend_cache(
         q,
-        cache.prompt_keys[index],
-        cache.prompt_values[index],
+        cache.page_keys[index],
+        cache.page_values[index],
+        pages.groups,
+        stored[:, :, None] & (distance < window),
         keys,
         values,
-        stored[:, None] & (distance < window),
         (age <= ages[..., None]) & (age < window),
         scale=config.attention_scale,
         softcap=config.attention_softcap,
