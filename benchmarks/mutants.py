@@ -89,12 +89,11 @@ MUTANTS = (
         "data_packing_test.py", "test_a_small_chunk_by_hand",
     ),
     Mutant(
-        "position_counts_pads", "generation/sampler.py",
-        "p, config, cache, state.last, starts + state.position - 1",
-        "p, config, cache, state.last, starts * 0 + length - 1"
-        " + state.position",
-        "generation_sampler_test.py",
-        "test_a_sample_does_not_depend_on_batch_mates_or_padding",
+        "position_counts_pads", "models/decoder.py",
+        "positions = prompt_lengths[:, None] + ages",
+        "positions = 0 * prompt_lengths[:, None] + PAGE + ages",
+        "models_decoder_test.py",
+        "test_cached_decoding_gives_the_logits_of_the_full_forward",
     ),
     Mutant(
         "one_order_for_all_epochs", "data/batches.py",
@@ -104,9 +103,9 @@ MUTANTS = (
     ),
     # --- The model and what is read from it ----------------------------------
     Mutant(
-        "attention_to_pads", "models/attention.py",
-        "visible = (distance >= 0) & (distance < window)",
-        "visible = jnp.abs(distance) < window",
+        "attention_to_pads", "models/decoder.py",
+        "stored = (pages.groups >= 0)[..., None] & (place < lengths)",
+        "stored = (pages.groups >= 0)[..., None] & (place >= 0)",
         "models_decoder_test.py",
         "test_cached_decoding_gives_the_logits_of_the_full_forward",
     ),
@@ -138,16 +137,30 @@ MUTANTS = (
     ),
     Mutant(
         "logps_of_the_nucleus", "generation/sampler.py",
-        "jnp.where(state.done, 0.0, pick(logps[0]))",
-        "jnp.where(state.done, 0.0, pick(law))",
+        "return tokens, logps, of_raw - jax.nn.logsumexp(raw, axis=-1)",
+        "return tokens, logps, logps",
         "generation_sampler_test.py", "test_logps_are_those_of_the_scorer",
     ),
     Mutant(
         "one_noise_for_all_tokens", "generation/sampling.py",
-        "jax.random.fold_in(key, position), logps.shape[-1:], logps.dtype",
-        "key, logps.shape[-1:], logps.dtype",
+        "key = jax.random.fold_in(key, position)",
+        "key = jax.random.fold_in(key, 0 * position)",
         "generation_sampling_test.py",
         "test_a_draw_depends_on_its_own_address_alone",
+    ),
+    Mutant(
+        "own_tokens_of_the_sample_before", "models/decoder.py",
+        "(age <= ages[..., None]) & (age < window),",
+        "(age <= length + ages[..., None]) & (age < window),",
+        "models_decoder_test.py",
+        "test_cached_decoding_gives_the_logits_of_the_full_forward",
+    ),
+    Mutant(
+        "pages_of_the_prompt_before", "generation/engine.py",
+        "owner[owner == group] = -1  # of the group's prompt before",
+        "owner[owner == group] = group",
+        "generation_engine_test.py",
+        "test_a_sample_is_the_same_alone_and_in_any_company",
     ),
     # --- The reference -------------------------------------------------------
     Mutant(

@@ -1,6 +1,7 @@
 """The service: versions, text, refusals, meshes."""
 
 import functools
+from unittest import mock
 
 import jax
 import numpy as np
@@ -127,6 +128,16 @@ def test_a_stop_string_ends_a_sample_and_is_left_out():
       np.testing.assert_allclose(one[:length], other[:length], atol=1e-5)
       assert (one[length:] == empty).all()
   assert 1 < cut < got.mask.shape[0] * 2
+
+
+def test_what_goes_wrong_on_the_way_leaves_nothing_behind(monkeypatch):
+  served = make(tokenizer=Letters())
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Letters, "decode", mock.Mock(side_effect=KeyboardInterrupt))
+    served.generate(**request())
+  served.update(params_of(0), 4)
+  assert served.generate(**request()).text == make(
+      tokenizer=Letters()).generate(**request()).text
 
 
 def test_a_request_may_want_fewer_tokens():

@@ -3,9 +3,9 @@
 Groups of slots decode side by side. A group holds one prompt, prefilled once,
 and its slots decode samples of that prompt, each with a cache of its own
 tokens alone; a slot whose sample ends takes the prompt's next sample, a group
-whose samples have all ended takes the next prompt. Shapes change only while
-nothing is under way or for a longer prompt, and then along a short ladder, so
-few programs are compiled however requests come. Token ids only, one thread.
+whose samples have all ended takes the next prompt. Shapes grow along a short
+ladder and are laid out anew only while nothing is under way, so few programs
+are compiled however requests come. Token ids only, one thread.
 """
 
 import collections
@@ -128,6 +128,7 @@ class Engine:
     )
     self._jobs: dict[int, _Job] = {}
     self._clock = 0
+    self._layout = 0, 0  # slots of a group and pages of a part, the last ones
     self._clear()
     self.update(models, version)
 
@@ -281,24 +282,27 @@ class Engine:
     width = 2 ** (width.bit_length() - 1)
     if sum(len(job.waiting) for job in waiting) > self._num_slots:
       width = max(1, width // 2)
+    # What was compiled for will do: half the width, and pages of which no more
+    # than half are empty.
+    last_width, last_pages = self._layout
+    if last_width <= width <= 2 * last_width:
+      width = last_width
     size = max(1, self._num_slots // (width * self._parts))
     groups = size * self._parts
     needs = [_num_pages(job.request.prompt) for job in waiting]
     pages = max(max(needs), math.ceil(sum(needs[:groups]) / self._parts))
-    if self._slots is None or self._slots.active.shape != (groups, width):
-      held = 0
+    if width == last_width and pages <= last_pages <= max(2 * pages, _FEWEST):
+      pages = last_pages
     else:
-      held = self._slots.pages.groups.shape[1]
-    # Pages that are there will do, unless most of them would be empty.
-    if not pages <= held <= max(2 * pages, _FEWEST):
-      held = max(_FEWEST, _rung(pages, 4))
+      pages = max(_FEWEST, _rung(pages, 4))
+    self._layout = width, pages
     self._memory = None  # before the new one is made
     with self._context():
       self._memory = self._kernels.init(
-          groups, width, _ring(1), self._parts, held, len(self._models)
+          groups, width, _ring(1), self._parts, pages, len(self._models)
       )
     self._slots = _empty_slots(
-        groups, width, len(self._stop_ids) + MAX_STOP_IDS, self._parts, held
+        groups, width, len(self._stop_ids) + MAX_STOP_IDS, self._parts, pages
     )
     self._prompts = [None] * groups
 
@@ -315,9 +319,11 @@ class Engine:
     self._slots = self._slots._replace(
         pages=decoder.Pages(pad(owner, -1), pad(start, 0))
     )
+    pages = owner.shape[1] + more
+    self._layout = self._layout[0], pages
     with self._context():
       self._memory = self._kernels.grow(
-          self._memory, max(own_length, now), owner.shape[1] + more
+          self._memory, max(own_length, now), pages
       )
 
   def _seat(self, group: int, job: _Job) -> None:

@@ -135,9 +135,13 @@ class GenerationService:
     ]
     for request in requests:
       self._engine.check(request)
-    for request in requests:
-      self._engine.submit(request)
-    return self._collect(len(prompts), num_samples, sampling.stop)
+    try:
+      for request in requests:
+        self._engine.submit(request)
+      return self._collect(len(prompts), num_samples, sampling.stop)
+    finally:  # nothing of it stays, whatever went wrong
+      for request in requests:
+        self._engine.cancel(request.request_id)
 
   def _collect(self, num_prompts, num_samples, stop) -> GenerationResult:
     """Steps until all is drawn."""
