@@ -1,7 +1,7 @@
-"""What each config key may hold, checked before JAX is imported.
+"""Configs, checked before JAX is imported.
 
-KEYS says of every dotted config key what it may hold; what objectives take
-stands in `registry`. `resolve` turns a loaded config into one without gaps or
+`config_keys` says of every dotted config key what it may hold, `registry` what
+objectives take. `resolve` turns a loaded config into one without gaps or
 raises every mistake at once. A key of an objective or a strategy that is None
 in the config takes the default given there; a key that is set although nothing
 reads it is an error.
@@ -21,221 +21,16 @@ from typing import Any
 from absl import logging
 
 from mcpo_jax import errors, objective_names, registry, user_code
-from mcpo_jax.registry import OBJECTIVES, REWARDS, SCORES, STRATEGIES, Setting
+from mcpo_jax.config_keys import (
+    KERNEL,
+    KEYS,
+    OWN_KERNEL,
+    STAGES,
+    or_none,
+)
+from mcpo_jax.registry import REWARDS, STRATEGIES, Setting
 
 CONFIG_VERSION = 1
-
-
-STAGES = ("sft", "reward_model", "preference", "evaluate", "export")
-
-FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
-           "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens",
-           "prompts")
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
-
-_ANY = Setting()  # text, or checked elsewhere
-_POSITIVE = Setting(low=0.0, open_low=True)
-_COUNT = Setting(low=1, high=2**31 - 1)
-_FLAG = Setting(choices=(True, False))
-_FORMAT = Setting(choices=FORMATS)
-_DTYPE = Setting(choices=("float32", "bfloat16"))
-_AXIS = Setting(low=-1)
-
-
-def _or_none(setting: Setting = _ANY) -> Setting:
-  return setting._replace(optional=True)
-
-
-_OPTIMIZER = {
-    "name": Setting(choices=("adamw", "sgd", "rmsprop", "adafactor")),
-    "learning_rate": _POSITIVE,
-    "schedule": Setting(choices=("cosine", "linear", "constant")),
-    "warmup_ratio": Setting(low=0.0, high=1.0),
-    "weight_decay": Setting(low=0.0),
-    "b1": Setting(low=0.0, high=0.999999),
-    "b2": Setting(low=0.0, high=0.999999),
-    "eps": _POSITIVE,
-    "max_grad_norm": _POSITIVE,
-}
-
-# Kernel keys that only some strategies read: default and range, readers.
-_KERNEL = {
-    "temperature": (_POSITIVE._replace(default=1.0), ("mc",)),
-    "temperature_schedule": (
-        Setting("constant", choices=("constant", "linear", "geometric")),
-        ("mc",)),
-    "temperature_end": (_POSITIVE._replace(optional=True), ("mc",)),
-    "score": (Setting("reward", choices=SCORES), ("mc", "max", "min")),
-    "include_preferred": (_FLAG, ("mc", "random")),
-    "transition": (
-        Setting("categorical", choices=registry.TRANSITIONS), ("mc",)),
-    "num_steps": (_COUNT._replace(default=1), ("mc",)),
-    "block_size": (_COUNT._replace(optional=True), ("mc",)),
-    "init": (Setting("preferred", choices=registry.INITS), ("mc",)),
-    "repulsion": (_POSITIVE._replace(optional=True), ("mc",)),
-}
-
-# Those that a kernel of the user's own reads.
-_OWN_KERNEL = ("temperature", "temperature_schedule", "temperature_end",
-               "score", "include_preferred")
-
-KEYS: dict[str, Setting] = {
-    "seed": Setting(low=0, high=2**32 - 1),
-    "stages": _ANY,
-    "num_steps": _or_none(_COUNT),
-    "num_epochs": _or_none(_POSITIVE),
-    "batch_size": _COUNT,
-    "cache_dir": _or_none(),
-    "tokenizer.path": _or_none(),
-    "tokenizer.vocab_size": Setting(low=260),
-    "tokenizer.chat_template": _or_none(),
-    "tokenizer.chat_template_kwargs": _or_none(),
-    "tokenizer.date": _ANY,
-    "tokenizer.bos": Setting(choices=("auto", "add", "none")),
-    "proposal.correction": _FLAG,
-    "model.path": _or_none(),
-    "model.revision": _or_none(),
-    "model.family": Setting(choices=FAMILIES),
-    "model.hidden_size": _COUNT,
-    "model.num_layers": _COUNT,
-    "model.num_heads": _COUNT,
-    "model.num_kv_heads": _COUNT,
-    "model.head_dim": _or_none(Setting(low=2)),
-    "model.intermediate_size": _COUNT,
-    "model.max_position_embeddings": _COUNT,
-    "model.rope_theta": _POSITIVE,
-    "model.tie_embeddings": _FLAG,
-    "model.param_dtype": _DTYPE,
-    "model.compute_dtype": _DTYPE,
-    "model.remat": Setting(choices=("none", "dots", "full")),
-    "data.path": _or_none(),
-    "data.eval_path": _or_none(),
-    "data.eval_fraction": Setting(low=0.0, high=0.9),
-    "data.format": _FORMAT,
-    "data.eval_format": _FORMAT,
-    "data.revision": _or_none(),
-    "data.preferred": Setting(choices=("best", "top_k", "index")),
-    "data.top_k": _or_none(Setting(low=2)),
-    "data.max_prompt_length": _COUNT,
-    "data.max_completion_length": _COUNT,
-    "data.prompt_overlength": Setting(
-        choices=("error", "skip", "left", "right")),
-    "data.completion_overlength": Setting(
-        choices=("error", "skip", "truncate")),
-    "data.think": Setting(choices=("keep", "strip", "mask")),
-    "data.quarantine": _FLAG,
-    "data.max_quarantined_share": Setting(low=0.0, high=1.0),
-    "data.stream_length": Setting(low=8),
-    "data.num_streams": _COUNT,
-    "objective.name": _ANY,
-    "kernel.strategy": _or_none(),
-    "kernel.num_negatives": _COUNT,
-    "kernel.refresh": _ANY,
-    "reference.source": _or_none(Setting(
-        choices=("cached", "resident", "previous_round", "ema"))),
-    "reference.ema_decay": _or_none(Setting(low=0.0, high=1.0, open_high=True)),
-    "reference.path": _or_none(),
-    "sft.data_path": _or_none(),
-    "sft.data_format": _FORMAT,
-    "sft.num_steps": _COUNT,
-    "sft.batch_size": _COUNT,
-    "reward_model.data_path": _or_none(),
-    "reward_model.data_format": _FORMAT,
-    "reward_model.eval_fraction": Setting(low=0.0, high=0.9),
-    "reward_model.num_steps": _COUNT,
-    "reward_model.batch_size": _COUNT,
-    "mesh.data": _AXIS,
-    "mesh.fsdp": _AXIS,
-    "mesh.tensor": _AXIS,
-    "generation.temperature": Setting(low=0.0, high=100.0),
-    "generation.top_p": Setting(low=0.0, high=1.0, open_low=True),
-    "generation.top_k": Setting(low=0),
-    "generation.min_p": Setting(low=0.0, high=1.0),
-    "generation.repetition_penalty": _POSITIVE,
-    "generation.min_new_tokens": Setting(low=0),
-    "generation.max_new_tokens": _or_none(_COUNT),
-    "generation.stop": _ANY,
-    "generation.num_samples": _COUNT,
-    "generation.num_devices": _or_none(_COUNT),
-    "generation.tensor": _COUNT,
-    "generation.url": _or_none(),
-    "generation.spool": _or_none(),
-    "generation.token_path": _or_none(),
-    "reward.name": _or_none(),
-    "reward.patterns_path": _or_none(),
-    "reward.path": _or_none(),
-    "reward.url": _or_none(),
-    "reward.judge": _or_none(),
-    "reward.timeout_s": _POSITIVE,
-    "reward.missing_eos_penalty": Setting(low=0.0),
-    "reward.length_penalty": Setting(low=0.0),
-    "reward.thinking": Setting(choices=("answer", "thinking", "both")),
-    "online.enabled": _FLAG,
-    "online.prompts_per_round": _COUNT,
-    "online.epochs_per_round": _COUNT,
-    "online.num_candidates": Setting(low=2, high=4095),
-    "online.num_samples": _or_none(Setting(low=1, high=4095)),
-    "online.online_fraction": Setting(low=0.0, high=1.0, open_low=True),
-    "online.preferred": Setting(choices=("score", "data")),
-    "online.policy_lag": Setting(low=0),
-    "online.replay_rounds": Setting(low=0),
-    "online.mixture": Setting(low=0.0, high=1.0),
-    "online.extrapolation": Setting(low=0.0, high=10.0),
-    "online.rejection_beta": _or_none(_POSITIVE),
-    "online.judge": _or_none(),
-    "online.alarm": Setting(choices=("warn", "stop")),
-    "online.max_kl": _POSITIVE,
-    "online.max_chosen_drop": Setting(low=0.0),
-    "online.max_length_ratio": Setting(low=1.0),
-    "online.max_tied_share": Setting(low=0.0, high=1.0),
-    "online.max_repetition": Setting(low=0.0, high=1.0),
-    "online.max_logp_gap": _POSITIVE,
-    "generate.data_path": _or_none(),
-    "generate.data_format": _FORMAT,
-    "generate.temperatures": _ANY,
-    "generate.prompts_per_shard": _COUNT,
-    "generate.num_parts": _COUNT,
-    "generate.part": Setting(low=0),
-    "evaluation.every_steps": _COUNT,
-    "evaluation.num_prompts": _or_none(_COUNT),
-    "evaluation.num_display": _COUNT,
-    "evaluation.patience": _or_none(_COUNT),
-    "evaluation.estimator_every_steps": _or_none(_COUNT),
-    "checkpoint.every_steps": Setting(low=1, slug="config.retention"),
-    "checkpoint.keep": Setting(low=2, slug="config.retention"),
-    "checkpoint.keep_best": _FLAG,
-    "export.dtype": _or_none(_DTYPE),
-    "log.every_steps": _COUNT,
-    "log.candidates_every_steps": _COUNT,
-    "log.tensorboard": _FLAG,
-    "log.wandb": _FLAG,
-    "serve.host": _ANY,
-    "serve.port": Setting(low=0, high=65535),
-    "serve.public": _FLAG,
-    "serve.token_path": _or_none(),
-    "serve.model_name": _ANY,
-    "serve.num_slots": _COUNT,
-    "serve.max_samples": _COUNT,
-    "serve.tokens_per_step": _COUNT,
-    "serve.max_body_mib": _COUNT,
-    "serve.body_seconds": _POSITIVE,
-    "serve.grace_seconds": Setting(low=0, high=3600),
-    "compare.rows": _ANY,
-    "compare.reference": _or_none(),
-    "compare.seeds": _ANY,
-    "compare.jobs": _COUNT,
-    "compare.metric": _ANY,
-    "compare.minutes": _or_none(_COUNT._replace(low=0)),
-} | {
-    f"{group}optimizer.{name}": setting
-    for group in ("", "sft.", "reward_model.")
-    for name, setting in _OPTIMIZER.items()
-} | {  # checked by those that read them
-    key: _or_none()
-    for key in (*(f"kernel.{name}" for name in _KERNEL), *(
-        f"objective.{name}" for objective in OBJECTIVES.values()
-        for name in objective.settings))
-}
 
 # Tokens of Hugging Face, OpenAI-like services and GitHub; a Weights & Biases
 # key is 40 hex digits, as a commit is.
@@ -392,7 +187,7 @@ def _own_settings(config: dict[str, Any]) -> dict[str, Setting]:
   name = str(config["objective"].get("name"))
   if ":" not in name:
     return {}
-  return {f"objective.{key}": _or_none()
+  return {f"objective.{key}": or_none()
           for key in objective_names.find_objective(name).settings}
 
 
@@ -736,7 +531,7 @@ def _resolve_objective(config) -> list[errors.McpoError]:
     return [e]
   for key in [k for k in objective if k != "name"]:
     if key in entry.settings:
-      setting = _or_none(entry.settings[key])
+      setting = or_none(entry.settings[key])
       found += _check(f"objective.{key}", objective[key], setting)
       if objective[key] is None:
         objective[key] = setting.default
@@ -776,10 +571,10 @@ def _resolve_kernel(config, entry) -> list[errors.McpoError]:
   """Fills the settings that the kernel's strategy reads."""
   kernel, found = config["kernel"], []
   strategy = kernel["strategy"]
-  for key, (setting, readers) in _KERNEL.items():
+  for key, (setting, readers) in KERNEL.items():
     value = kernel[key]
-    if strategy in readers or ":" in strategy and key in _OWN_KERNEL:
-      found += _check(f"kernel.{key}", value, _or_none(setting))
+    if strategy in readers or ":" in strategy and key in OWN_KERNEL:
+      found += _check(f"kernel.{key}", value, or_none(setting))
       if value is None:
         kernel[key] = setting.default
     elif value is not None:

@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
-    {"types", "errors", "commit", "faults", "registry", "settings",
-     "user_code", "objective_names"},
+    {"types", "errors", "commit", "faults", "registry", "config_keys",
+     "settings", "user_code", "objective_names"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},
