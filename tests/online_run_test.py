@@ -188,9 +188,9 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
 def test_a_server_that_dies_and_comes_back_changes_nothing(
     home, unbroken, tmp_path):
   """The candidates come from another process, killed in mid-run."""
-  start = unbroken / "sft" / "model"
+  start = f"--config.model.path={unbroken / 'sft' / 'model'}"
   flags = {"serve.num_slots": 64, "data.max_prompt_length": 48}
-  server = serve_cases.Process(start, tmp_path, **flags)
+  server = serve_cases.Process(tmp_path, start, **flags)
   folder, data = home
   trainer = subprocess.Popen(
       run_cases.command(
@@ -204,7 +204,8 @@ def test_a_server_that_dies_and_comes_back_changes_nothing(
   serve_cases.wait_for(
       lambda: (rounds / "000001").exists() or trainer.poll() is not None, 120)
   server.kill()
-  server = serve_cases.Process(start, tmp_path, server.port, **flags)
+  server = serve_cases.Process(
+      tmp_path, start, port=server.port, **flags)
   _, said = trainer.communicate(timeout=120)
   assert trainer.returncode == 0, said[-3000:]
   assert server.metrics()["mcpo_weight_updates_total"] >= 1

@@ -162,7 +162,8 @@ def anchored(ref, q):
   batch = make_batch(0)
   meta = batch.meta._replace(anchors={"proposal_q": q.astype(np.float32)})
   return update.with_anchors(
-      batch._replace(meta=meta), stage_of(),
+      batch._replace(meta=meta),
+      stage_of("rnce", strategy="all", corrected=True),
       stage_lib.Reference(lambda b: ref.astype(np.float32))).meta
 
 

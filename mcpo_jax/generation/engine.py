@@ -127,9 +127,7 @@ class Engine:
         config, compute_dtype=compute_dtype, vocab_size=vocab_size, mesh=mesh
     )
     self._jobs: dict[int, _Job] = {}
-    self._clock = 0
-    self._layout = 0, 0  # slots of a group and pages of a part, the last ones
-    self._clear()
+    self.reset()
     self.update(models, version)
 
   def update(self, models: Models, version: int) -> None:
@@ -146,6 +144,14 @@ class Engine:
       self._models = tuple(self._copy(params) for params, _ in models)
     self._weights = np.array([weight for _, weight in models], np.float32)
     self._version = version
+
+  def reset(self) -> None:
+    """Forgets what earlier requests left: shapes and the place in the ring,
+    and so the last bits of what follows. Nothing may be under way."""
+    assert self.idle
+    self._clear()
+    self._clock = 0
+    self._layout = 0, 0  # slots of a group and pages of a part, the last ones
 
   def submit(self, request: Request) -> None:
     """Queues a request; see the class."""

@@ -133,6 +133,8 @@ class GenerationService:
         )
         for i, (prompt, prompt_id) in enumerate(zip(prompts, prompt_ids))
     ]
+    # A restarted run must get the bits that an undisturbed one would have got.
+    self._engine.reset()
     for request in requests:
       self._engine.check(request)
     try:
