@@ -12,7 +12,7 @@ import run_cases
 from mcpo_jax import errors, settings
 from mcpo_jax.data import packing, readers, records, store
 from mcpo_jax.data import tokenizer as tokenizer_lib
-from mcpo_jax.models import hf, reward
+from mcpo_jax.models import decoder, hf, reward
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.rewards import model as reward_model
 from mcpo_jax.rewards.functions import score
@@ -90,8 +90,8 @@ def their_scores(model, sets):
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_equal_transformers_in_float64(name, tmp_path, x64):
   model = make_reference(name, tmp_path, torch.float64)
-  config = hf.load_config(tmp_path)
-  params = reward.load_params(tmp_path, config, dtype=jnp.float64)
+  config = reward.load_config(tmp_path)
+  params = hf.load_params(tmp_path, config, dtype=jnp.float64)
   sets = make_sets()
   with parity.true_float64(model):
     want = their_scores(model, sets)
@@ -103,18 +103,19 @@ def test_scores_equal_transformers_in_float64(name, tmp_path, x64):
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_and_exports_equal_transformers_in_float32(name, tmp_path):
   model = make_reference(name, tmp_path / "theirs", torch.float32)
-  config = hf.load_config(tmp_path / "theirs")
-  params = reward.load_params(tmp_path / "theirs", config)
+  config = reward.load_config(tmp_path / "theirs")
+  params = hf.load_params(tmp_path / "theirs", config)
   sets = make_sets()
   want = their_scores(model, sets)
   got = our_scores(params, config, sets, jnp.float32)
   np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
 
-  reward.save_params(tmp_path / "ours", params, config, tokenizer_dir=tmp_path,
-                     max_shard_bytes=20_000)
-  assert hf.load_config(tmp_path / "ours") == config
-  again = reward.load_params(tmp_path / "ours", config)
+  hf.save_params(tmp_path / "ours", params, config, max_shard_bytes=20_000)
+  assert reward.load_config(tmp_path / "ours") == config
+  again = hf.load_params(tmp_path / "ours", config)
   jax.tree.map(np.testing.assert_array_equal, params, again)
+  assert not (tmp_path / "ours" / "generation_config.json").exists()
+  assert "reward model" in (tmp_path / "ours" / "README.md").read_text()
   exported = transformers.AutoModelForSequenceClassification.from_pretrained(
       tmp_path / "ours", attn_implementation="eager")
   assert type(exported) is type(model) and exported.num_labels == 1
@@ -137,7 +138,8 @@ PROMPTS = ["the blue door", TALK, "the blue door", TALK, "the blue door"]
 REPLIES = ["it is blue", "red", "blue <|eos|> blue", "it is", "x" * 90]
 
 
-def make_folder(folder, template=tokenizer_lib.DEFAULT_CHAT_TEMPLATE, **more):
+def make_folder(folder, template=tokenizer_lib.DEFAULT_CHAT_TEMPLATE,
+                dtype=jnp.float32, **more):
   """A random reward model with a tokenizer of its own."""
   tokens = folder.parent / f"{folder.name} tokens"
   tokenizer_lib.train_tokenizer(
@@ -149,12 +151,12 @@ def make_folder(folder, template=tokenizer_lib.DEFAULT_CHAT_TEMPLATE, **more):
       intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
       head_dim=4, max_positions=256, initializer_range=0.4,
       bos_token_id=tokenizer.bos_id, eos_token_ids=(tokenizer.eos_id,),
-      pad_token_id=tokenizer.pad_id), **more})
+      pad_token_id=tokenizer.pad_id, reward_head=True), **more})
   draw = np.random.default_rng(1).normal
   params = jax.tree.map(
-      lambda x: jnp.asarray(0.4 * draw(size=x.shape), jnp.float32),
-      reward.param_shapes(config))
-  reward.save_params(folder, params, config, tokenizer_dir=tokens)
+      lambda x: jnp.asarray(0.4 * draw(size=x.shape), dtype),
+      decoder.param_shapes(config))
+  hf.save_params(folder, params, config, tokenizer_dir=tokens)
   return folder
 
 
@@ -195,6 +197,38 @@ def test_a_reply_that_spells_a_control_token_does_not_end_its_turn(tmp_path):
   # A batch gives what each text gives alone.
   alone = [fn([p], [r])[0] for p, r in zip(PROMPTS, REPLIES)]
   np.testing.assert_allclose(fn(PROMPTS, REPLIES), alone, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_scores_are_the_same_on_one_and_on_eight_devices(
+    sound, tmp_path, monkeypatch):
+  # A width that eight do not divide lies on four.
+  narrow = make_folder(tmp_path / "model", hidden_size=12)
+  for folder, parts in ((sound, 8), (narrow, 4)):
+    weights = reward_model.load_weights(folder, reward.load_config(folder))
+    for x in (weights["embed"]["embedding"],
+              *(part["kernel"] for name in ("attention", "mlp")
+                for part in weights["layers"][name].values())):
+      shards = [shard.data.size for shard in x.addressable_shards]
+      assert shards == [x.size // parts] * parts
+  eight = reward_model.make_reward_model(str(sound))(PROMPTS, REPLIES)
+  monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+  one = reward_model.make_reward_model(str(sound))(PROMPTS, REPLIES)
+  np.testing.assert_allclose(eight, one, rtol=0, atol=2e-5)
+
+
+def test_bfloat16_weights_stay_so_and_score_nearly_the_same(tmp_path):
+  half = make_folder(tmp_path / "half", dtype=jnp.bfloat16)
+  config = reward.load_config(half)
+  weights = reward_model.load_weights(half, config)
+  assert {x.dtype.name for x in jax.tree.leaves(weights)} == {"bfloat16"}
+  hf.save_params(
+      tmp_path / "full", jax.tree.map(lambda x: x.astype(jnp.float32), weights),
+      config, tokenizer_dir=half)
+  got, want = (
+      np.array(reward_model.make_reward_model(str(folder))(PROMPTS, REPLIES))
+      for folder in (half, tmp_path / "full"))
+  assert 0 < np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
 def without_template(folder):

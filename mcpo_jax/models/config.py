@@ -46,6 +46,7 @@ class ModelConfig:
   final_softcap: float | None = None
   activation: str = "silu"  # or "gelu_tanh"
   tied_head: bool = False
+  reward_head: bool = False  # a head of one number, not the language head
   initializer_range: float = 0.02
   bos_token_id: int | None = None
   eos_token_ids: tuple[int, ...] = ()
@@ -287,8 +288,13 @@ def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
       "qwen2": "Qwen2",
       "qwen3": "Qwen3",
       "gemma2": "Gemma2",
-      "gemma3_text": "Gemma3",
+      # The plain name, with a head of labels, is of images and text.
+      "gemma3_text": "Gemma3Text" if config.reward_head else "Gemma3",
   }[family]
+  head, labels = "ForCausalLM", {}
+  if config.reward_head:
+    head = "ForSequenceClassification"
+    labels = dict(id2label={"0": "score"}, label2id={"score": 0})
   activation = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   local = config.local_layers or (False,) * config.num_layers
   eos = config.eos_token_ids
@@ -327,8 +333,9 @@ def to_hf(config: ModelConfig, *, dtype: str = "float32") -> dict[str, Any]:
   if family == "gemma3_text" and False in local:
     values["sliding_window_pattern"] = local.index(False) + 1
   return {
-      "architectures": [f"{architecture}ForCausalLM"],
+      "architectures": [f"{architecture}{head}"],
       "model_type": family,
+      **labels,
       **{key: value for key, value in values.items() if key in keys},
       "bos_token_id": config.bos_token_id,
       "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None,

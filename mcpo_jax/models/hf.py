@@ -32,6 +32,7 @@ _NAMES = {
     "embed/embedding": "model.embed_tokens.weight",
     "final_norm/scale": "model.norm.weight",
     "lm_head/kernel": "lm_head.weight",
+    "score/kernel": "score.weight",
     "attention_norm/scale": "input_layernorm.weight",
     "mlp_norm/scale": "post_attention_layernorm.weight",
     **{
@@ -105,6 +106,13 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
             " holds", where, key, ours, theirs,
         )
   return config_lib.from_hf(raw, where=where)
+
+
+def weights_dtype(path: str | pathlib.Path) -> Any:
+  """bfloat16 if config.json says that the weights are, else float32."""
+  raw = read_json(pathlib.Path(path), "config.json", "hf.config")
+  name = raw.get("dtype") or raw.get("torch_dtype")
+  return jnp.bfloat16 if name == "bfloat16" else jnp.float32
 
 
 def check_tokenizer(path: str | pathlib.Path, config: ModelConfig) -> None:
@@ -236,14 +244,17 @@ def _check_tensors(shards: Shards, config: ModelConfig, shapes: Params) -> None:
         want=f"vocab_size {config.vocab_size}",
     )
   for name, size in expected.items():
+    hint = ("sequence classification with num_labels=1"
+            if name == _NAMES["score/kernel"] else "")
     if name not in shards.shapes:
       raise errors.ModelDirError(
-          "hf.tensor", "a tensor is missing", where=name, want=size
+          "hf.tensor", "a tensor is missing", where=name, want=size, hint=hint
       )
     if shards.shapes[name] != size:
       raise errors.ModelDirError(
           "hf.tensor", "a tensor has not the shape that config.json says",
           where=shards.where(name), got=shards.shapes[name], want=size,
+          hint=hint,
       )
   head = _NAMES["lm_head/kernel"]
   for name in sorted(set(shards.shapes) - set(expected)):
@@ -321,7 +332,8 @@ def save_params(
         pad_token_id=config.pad_token_id,
     )
     ids = {key: value for key, value in ids.items() if value is not None}
-    _write_json(folder / "generation_config.json", ids)
+    if not config.reward_head:
+      _write_json(folder / "generation_config.json", ids)
     (folder / "README.md").write_text(_card(config, params, card))
     if tokenizer_dir is not None:
       for name in _TOKENIZER_FILES:
@@ -405,24 +417,37 @@ def _dtype(params: Params) -> str:
   return jax.tree.leaves(params)[0].dtype.name
 
 
+_REWARD_USE = """
+Its one logit is the score of a prompt with a completion, rendered by the chat
+template: higher is better, and only differences mean something.
+"""
+
+
 def _card(config: ModelConfig, params: Params, text: str) -> str:
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  task, tag, kind, loader, use = (
+      "text-generation", "preference-optimization", "model",
+      "AutoModelForCausalLM", "")
+  if config.reward_head:
+    task, tag, kind, loader, use = (
+        "text-classification", "reward-model", "reward model",
+        "AutoModelForSequenceClassification", _REWARD_USE)
   return f"""---
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 tags:
-- preference-optimization
+- {tag}
 - mcpo_jax
 ---
 
-# A {config.family} model of {count:,} parameters
+# A {config.family} {kind} of {count:,} parameters
 
 {config.num_layers} layers of width {config.hidden_size}, \
 {config.num_heads} query and {config.num_kv_heads} key-value heads of width \
 {config.head_dim}, vocabulary {config.vocab_size}, weights in {_dtype(params)}.
-
+{use}
 Written by mcpo_jax. Load it with
-`transformers.AutoModelForCausalLM.from_pretrained`.
+`transformers.{loader}.from_pretrained`.
 {text and chr(10) + text}"""
 
 

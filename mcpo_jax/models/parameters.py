@@ -16,6 +16,7 @@ from mcpo_jax.types import Params
 PARAM_RULES = [
     (r"embed/embedding$", P("fsdp", "tensor")),
     (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"score/kernel$", P()),
     (r"layers/.*(q|k|v|gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
     (r"layers/.*(o|down)_proj/kernel$", P(None, "tensor", "fsdp")),
     (r"layers/.*(q|k|v|gate|up)_proj/bias$", P(None, "tensor")),
@@ -121,7 +122,9 @@ class Decoder(nnx.Module):
     self.embed = Embedding(rngs, (vocab, width), dtype, std=std)
     self.layers = Layers(rngs, dtype, config)
     self.final_norm = Norm((width,), dtype, config)
-    if not config.tied_head:
+    if config.reward_head:
+      self.score = Projection(rngs, (width, 1), dtype, std=std)
+    elif not config.tied_head:
       self.lm_head = Projection(rngs, (width, vocab), dtype, std=std)
 
 

@@ -5,29 +5,25 @@ label: the tensors of a decoder without a language head, and `score.weight`.
 The score of a text is the head on the hidden state of its last token.
 """
 
+import dataclasses
 import pathlib
-import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcpo_jax import commit, errors, sharding
-from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, hf
 from mcpo_jax.models.config import ModelConfig
-from mcpo_jax.models.shards import Shards
 from mcpo_jax.types import CandidateSet, Params, Streams
 
-_HEAD = "score.weight"  # [1, D]; here score/kernel [D, 1]
 
+def load_config(path: str | pathlib.Path) -> ModelConfig:
+  """As hf.load_config, of a folder that is meant to be a reward model.
 
-def param_shapes(config: ModelConfig, *, dtype: Any = jnp.float32) -> Params:
-  """The tree of a reward model's parameters as ShapeDtypeStructs."""
-  shapes = decoder.param_shapes(config, dtype=dtype)
-  head = jax.ShapeDtypeStruct((config.hidden_size, 1), dtype)
-  return _body(shapes) | {"score": {"kernel": head}}
+  If it is one, its tensors say: hf.load_params refuses a policy.
+  """
+  return dataclasses.replace(hf.load_config(path), reward_head=True)
 
 
 def with_head(key: jax.Array, params: Params, config: ModelConfig) -> Params:
@@ -35,11 +31,8 @@ def with_head(key: jax.Array, params: Params, config: ModelConfig) -> Params:
   dtype = params["final_norm"]["scale"].dtype
   kernel = config.initializer_range * jax.random.normal(
       key, (config.hidden_size, 1), dtype)
-  return _body(params) | {"score": {"kernel": kernel}}
-
-
-def _body(params: Params) -> Params:
-  return {k: x for k, x in params.items() if k not in ("lm_head", "score")}
+  body = {name: x for name, x in params.items() if name != "lm_head"}
+  return body | {"score": {"kernel": kernel}}
 
 
 def token_scores(
@@ -96,113 +89,3 @@ def mark_last(
     masks.append(np.arange(len(ids)) == (
         told[-1] if len(told) else len(ids) - 1))
   return one._replace(completions=completions, completion_masks=masks)
-
-
-def load_params(
-    path: str | pathlib.Path,
-    config: ModelConfig,
-    *,
-    dtype: Any = jnp.float32,
-) -> Params:
-  """Reads the weights of a reward model onto the first device.
-
-  Args:
-    path: a folder with safetensors, one file or many with an index.
-    config: from hf.load_config.
-    dtype: of the parameters, whatever the file has.
-
-  Raises:
-    ModelDirError: `hf.tensor` if there is no head of one label, and those of
-      hf.load_params.
-  """
-  shards = Shards(pathlib.Path(path))
-  want, head = (1, config.hidden_size), shards.shapes.pop(_HEAD, None)
-  if head != want:
-    raise errors.ModelDirError(
-        "hf.tensor", "a reward model has a head of one label",
-        where=f"{path}: {_HEAD}", got=head, want=want,
-        hint="sequence classification with num_labels=1")
-  shapes = _body(decoder.param_shapes(config, dtype=dtype))
-  hf._check_tensors(shards, config, shapes)
-
-  def read(name, ndim, turned):
-    array = shards.read(name, (slice(None),) * ndim)
-    return jnp.asarray((array.T if turned else array).astype(dtype))
-
-  def load(path, shape):
-    names, turned = hf._tensors_of(sharding.path_name(path), config)
-    if not hf._stacked(path):
-      return read(names[0], shape.ndim, turned)
-    return jnp.stack([read(name, shape.ndim - 1, turned) for name in names])
-
-  params = jax.tree_util.tree_map_with_path(load, shapes)
-  return params | {"score": {"kernel": read(_HEAD, 2, True)}}
-
-
-def save_params(
-    path: str | pathlib.Path,
-    params: Params,
-    config: ModelConfig,
-    *,
-    tokenizer_dir: str | pathlib.Path,
-    max_shard_bytes: int = 5_000_000_000,
-) -> None:
-  """Writes a folder that transformers loads, as hf.save_params does.
-
-  Args:
-    path: the folder.
-    params: with a head; their dtype is the dtype of the files.
-    config: of these parameters.
-    tokenizer_dir: where the tokenizer's files and the chat template are.
-    max_shard_bytes: above it the weights are cut into several files.
-
-  Raises:
-    ModelDirError: `hf.export`, if the disk does not hold what was written.
-  """
-  body = jax.eval_shape(lambda: _body(params))
-  groups = hf._plan(config, body, max_shard_bytes)
-  key = jax.tree_util.DictKey
-  groups[-1].append((_HEAD, (key("score"), key("kernel")), None))
-  if jax.process_index():
-    for group in groups:  # takes part in gathering
-      hf._host_tensors(params, group)
-    return
-
-  def write(folder: pathlib.Path) -> None:
-    hf._write_weights(folder, params, groups)
-    content = config_lib.to_hf(config, dtype=hf._dtype(params))
-    (name,) = content["architectures"]
-    if config.family == "gemma3_text":  # the plain name is of images and text
-      name = name.replace("Gemma3", "Gemma3Text")
-    content["architectures"] = [
-        name.replace("ForCausalLM", "ForSequenceClassification")]
-    content["id2label"], content["label2id"] = {"0": "score"}, {"score": 0}
-    hf._write_json(folder / "config.json", content)
-    (folder / "README.md").write_text(_card(config, params))
-    for name in hf._TOKENIZER_FILES:
-      source = pathlib.Path(tokenizer_dir) / name
-      if source.exists():
-        shutil.copyfile(source, folder / name)
-
-  commit.write_folder(pathlib.Path(path), write, {"kind": "hf"})
-
-
-def _card(config: ModelConfig, params: Params) -> str:
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags:
-- reward-model
-- mcpo_jax
----
-
-# A {config.family} reward model of {count:,} parameters
-
-Trained on pairs by the Bradley-Terry loss. Its one logit is the score of a
-prompt with a completion, rendered by the chat template: higher is better, and
-only differences mean something.
-
-Written by mcpo_jax. Load it with
-`transformers.AutoModelForSequenceClassification.from_pretrained`.
-"""

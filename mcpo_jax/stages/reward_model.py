@@ -1,5 +1,6 @@
 """The stage reward_model: scores learned from the pairs of its data_path."""
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from absl import logging
 from mcpo_jax import commit, errors, registry, sharding, types
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import preferences
-from mcpo_jax.models import hf, reward, scoring
+from mcpo_jax.models import decoder, hf, reward, scoring
 from mcpo_jax.rewards import model as reward_model
 from mcpo_jax.stages import pools, results
 from mcpo_jax.training import batch as batch_lib
@@ -83,8 +84,9 @@ def run_reward_model(
       evaluate=evaluate and (lambda functions, state: {
           f"eval/{name}": value for name, value in evaluate(
               step_lib.policy_of(state.params)).items()}))
-  reward.save_params(folder / "model", params, model.config,
-                     tokenizer_dir=run.workdir / "tokenizer")
+  hf.save_params(folder / "model", params, model.config,
+                 tokenizer_dir=run.workdir / "tokenizer",
+                 card="Trained on pairs by the Bradley-Terry loss.\n")
   result = {"reward_model/sha256": hf.params_sha256(params),
             "reward_model/step": step}
   if evaluate:
@@ -101,12 +103,11 @@ def open_reward_model(
 ) -> tuple[RewardModel, Callable[[], types.Params]]:
   """As `setup.open_model` of the start, with a head from the seed."""
   body, start_body = setup.open_model(run, results.find_start(run))
-  shapes = reward.param_shapes(
-      body.config, dtype=run.config["model"]["param_dtype"])
-  whole = sharding.replicated(run.mesh)
-  shardings = {name: body.param_shardings.get(
-      name, jax.tree.map(lambda _: whole, x)) for name, x in shapes.items()}
-  model = RewardModel(*body._replace(param_shapes=jax.tree.map(
+  config = dataclasses.replace(body.config, reward_head=True)
+  shapes = decoder.param_shapes(
+      config, dtype=run.config["model"]["param_dtype"])
+  shardings = sharding.infer_shardings(shapes, decoder.PARAM_RULES, run.mesh)
+  model = RewardModel(*body._replace(config=config, param_shapes=jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, shardings)))
 
