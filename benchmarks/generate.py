@@ -203,7 +203,10 @@ runs that took turns; the ratio is the median of those of a turn. The first \
 {GREEDY} greedy tokens are the same on all sides. jax {jax.__version__}, \
 transformers {transformers.__version__}, torch {torch.__version__}. Tunix is \
 not in this run: its sampler (0.1.7) was measured on the task of `tiny` at \
-0.72 times the speed of transformers with AVX-512.
+0.72 times the speed of transformers with AVX-512. transformers pads prompts \
+to the longest, so the ratio hangs on their lengths: in single runs with other \
+prompts it was 4.3 on `small` (longest 293, 1207 against 283 with AVX-512) and \
+7.4 on `tiny` (longest 415, 7386 against 998).
 
 | model | side | tokens per CPU-second | range | ours is times |
 |---|---|---|---|---|
