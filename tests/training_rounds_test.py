@@ -287,6 +287,36 @@ def test_repetition_counts_trigrams_seen_before(tokens, share):
   assert candidates.repetition(np.array(tokens, int)) == pytest.approx(share)
 
 
+def test_what_a_round_is_like_by_hand():
+  # Prompt 1 drew one text twice and an empty one; prompt 2 two level ones.
+  one = [sampled([5, 5, 5, 5], 0.2), sampled([1], float("nan"), 1, text=" "),
+         sampled([5, 5, 5, 5], 0.2, 2), sampled([7, 8], 0.8, 3)]
+  two = [sampled([3, 4], 0.5), sampled([4, 3, 9], 0.5, 1,
+                                       finish_reason="length")]
+  told = [[one[0], one[2], one[3]], two]
+  record_text = sampled([6], 0.9, source="data", candidate_id=0,
+                        raw_logps=None, finish_reason=None)
+  sets = [candidates.pool_set(record(1), [*told[0], record_text], row=1,
+                              prompt="", policy_step=0),
+          candidates.pool_set(record(2), two, row=2, prompt="", policy_step=0)]
+  # Raw log-probs are -1.5 a token: -6 (twice), -3, and -3, -4.5.
+  refs = [[-7.0, -5.0, -99.0], [-3.5, -4.5]]
+  sets = [s._replace(anchors={"ref": np.array(r, np.float32)})
+          for s, r in zip(sets, refs)]
+  got = candidates.round_metrics(sets, [one, two], told)
+  assert got == pytest.approx({
+      "objective/kl": (1 + 1 + 2 + 0.5 + 0) / 5,
+      "candidates/score": (0.2 + 0.2 + 0.8 + 0.5 + 0.5) / 5,
+      "candidates/score_best": (0.8 + 0.5) / 2,
+      "candidates/tied_share": 1 / 2,
+      "candidates/unique_share": (3 / 4 + 2 / 2) / 2,
+      "candidates/empty_share": 1 / 6,
+      "candidates/cut_share": 1 / 6,
+      "candidates/length": (4 + 1 + 4 + 2 + 2 + 3) / 6,
+      "candidates/repetition": (0.5 + 0.5) / 6,
+  })
+
+
 CALM = {"candidates/score": 0.5, "candidates/length": 20.0,
         "candidates/tied_share": 0.1, "candidates/repetition": 0.1,
         "objective/kl": 3.0, "generate/logp_gap": 1e-6, "judge/mean": 0.7,
@@ -316,6 +346,17 @@ def test_each_alarm_has_a_name_and_a_cause(name, now, updates):
   quiet = alarms.find_alarms([CALM, CALM | now], updates, silent)
   assert [a.name for a in quiet] == (
       ["reward_hacking"] if name == "reward_hacking" else [])
+
+
+def test_what_is_not_known_never_alarms():
+  nan = float("nan")
+  unknown = CALM | {"candidates/score": nan, "objective/kl": nan}
+  falls = unknown | {"judge/mean": 0.1}
+  updates = [{"rewards/chosen": nan}, {"rewards/chosen": 0.1}]
+  assert not alarms.find_alarms([unknown, falls], updates, LIMITS)
+  updates.append({"rewards/chosen": -3.0})  # mean of the known: -1.45
+  (found,) = alarms.find_alarms([unknown, falls], updates, LIMITS)
+  assert found.name == "chosen_falls" and found.got == pytest.approx(1.45)
 
 
 def test_a_judge_that_falls_within_its_noise_is_no_alarm():

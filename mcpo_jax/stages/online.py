@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors, registry
+from mcpo_jax import errors, objective_names, registry
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.rewards import functions
@@ -99,11 +99,13 @@ def make_rounds(
 
 
 def read_metrics(run: setup.Run) -> list[dict[str, Any]]:
-  """The rows of the preference stage that were written so far."""
+  """The rows of the preference stage that were written so far; what JSON
+  cannot hold, not a number, is that again."""
   path = run.workdir / "metrics.jsonl"
   lines = path.read_text().splitlines() if path.exists() else []
-  return [row for row in map(json.loads, lines)
-          if row["stage"] == "preference"]
+  return [{key: math.nan if value is None else value
+           for key, value in row.items()}
+          for row in map(json.loads, lines) if row["stage"] == "preference"]
 
 
 class Filler:
@@ -128,8 +130,7 @@ class Filler:
           run, model, start)
     else:
       self._reference_model = model
-    self._service = sampling.make_online_service(
-        run, model, start())
+    self._service = sampling.make_online_service(run, model, start())
     self._opens_thinking = run.tokenizer.opens_thinking
     self._decode = run.tokenizer.hf.decode
     self._score = {}  # architecture -> compiled scorer
@@ -156,7 +157,7 @@ class Filler:
             for row, prompt, own, more in zip(
                 rows, prompts.prompts, told, others)]
     sets, gap = self._with_anchors(sets, drawn, weights)
-    metrics = round_metrics(sets, drawn, told)
+    metrics = candidates.round_metrics(sets, drawn, told)
     if self._judge is not None:
       means = np.array([scores.mean() for scores in self._scores(
           self._judge, prompts, told) if len(scores)])
@@ -343,52 +344,6 @@ def round_seed(seed: int, number: int) -> int:
   return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
-def round_metrics(
-    sets: list[rounds_lib.PoolSet],
-    drawn: list[list[Candidate]],
-    told: list[list[Candidate]],
-) -> dict[str, float]:
-  """What a round is like.
-
-  Args:
-    sets: as trained on.
-    drawn: the samples of each prompt, before any was dropped or merged.
-    told: those that are not empty, with their scores.
-
-  Returns:
-    `candidates/*`: `score` and `score_best` of samples (NaN without a reward),
-    `tied_share` of sets without a better candidate, `unique_share` of samples
-    after merging, `empty_share`, `cut_share` of samples that ended at the
-    longest length, `length` in tokens, `repetition` of trigrams; and
-    `objective/kl`, the mean log ratio of the samples to the reference, where
-    there is one.
-  """
-  each = [c for own in drawn for c in own]
-  mean = lambda values: float(np.mean(values)) if len(values) else math.nan
-  ratios = []
-  for one in sets:
-    if "ref" in one.anchors:
-      ours = np.array(one.sources) == "policy"
-      ratio = one.candidates.behaviour_raw_logps - one.anchors["ref"]
-      ratios += np.repeat(
-          ratio[ours], one.candidates.multiplicity[ours]).tolist()
-  kl = {"objective/kl": mean(ratios)} if ratios else {}
-  return kl | {
-      "candidates/score": mean([c.score for own in told for c in own]),
-      "candidates/score_best": mean(
-          [max(c.score for c in own) for own in told if own]),
-      "candidates/tied_share": mean([not s.has_contrast for s in sets]),
-      "candidates/unique_share": mean([
-          len({c.tokens.tobytes() for c in own}) / len(own) for own in drawn]),
-      "candidates/empty_share": 1.0 - sum(map(len, told)) / len(each),
-      "candidates/cut_share": mean(
-          [c.finish_reason == "length" for c in each]),
-      "candidates/length": mean([len(c.tokens) for c in each]),
-      "candidates/repetition": mean(
-          [candidates.repetition(c.tokens) for c in each]),
-  }
-
-
 def make_references(
     run: setup.Run, model: stage_lib.Model, start, stores
 ) -> dict[str, stage_lib.Reference]:
@@ -398,8 +353,7 @@ def make_references(
   compared = dict.fromkeys(("train", "eval"), stage_lib.NO_REFERENCE)
   if run.config["reference"]["source"] is None:
     return compared
-  entry = stage_lib.objective_names.find_objective(
-      run.config["objective"]["name"])
+  entry = objective_names.find_objective(run.config["objective"]["name"])
   if registry.REFERENCE_TERMS & set(entry.terms):
     params, other = references.reference_params(run, model, start)
     resident = references.host_sequence_logps(other, params)

@@ -4,6 +4,7 @@ Every alarm is a comparison of numbers that stand in metrics.jsonl anyway, so
 that a reader of the file sees what the alarm saw.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -40,8 +41,9 @@ def find_alarms(
   """Looks at a run at the start of a round.
 
   Args:
-    rounds: metrics of every round so far, the newest last.
-    updates: logged metrics of the updates of the round before.
+    rounds: metrics of every round so far, the newest last; NaN where nothing
+      is known, which never alarms.
+    updates: logged metrics of the updates of the round before, likewise.
     limits: where alarms begin.
 
   Returns:
@@ -65,8 +67,8 @@ def find_alarms(
   above("kl", now.get("objective/kl"), limits.max_kl,
         "the policy left its reference; lower the learning rate, raise "
         "objective.beta or shorten the run")
-  chosen = [row["rewards/chosen"] for row in updates
-            if row.get("rewards/chosen") is not None]
+  chosen = [row.get("rewards/chosen", math.nan) for row in updates]
+  chosen = [reward for reward in chosen if math.isfinite(reward)]
   if chosen:
     above("chosen_falls", -sum(chosen) / len(chosen), limits.max_chosen_drop,
           "preferred completions become less likely than under the reference: "

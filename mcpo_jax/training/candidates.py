@@ -1,5 +1,6 @@
-"""From samples of one prompt to its candidate set."""
+"""From samples of a prompt to its candidate set, and what a round is like."""
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -121,3 +122,49 @@ def repetition(tokens: np.ndarray) -> float:
   """Share of a completion's trigrams of ids that stood in it before."""
   grams = list(zip(tokens[:-2], tokens[1:-1], tokens[2:]))
   return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def round_metrics(
+    sets: list[PoolSet],
+    drawn: list[list[Candidate]],
+    told: list[list[Candidate]],
+) -> dict[str, float]:
+  """What a round is like.
+
+  Args:
+    sets: as trained on.
+    drawn: the samples of each prompt, before any was dropped or merged.
+    told: those that are not empty, with their scores.
+
+  Returns:
+    `candidates/*`: `score` and `score_best` of samples (NaN without a reward),
+    `tied_share` of sets without a better candidate, `unique_share` of samples
+    after merging, `empty_share`, `cut_share` of samples that ended at the
+    longest length, `length` in tokens, `repetition` of trigrams; and
+    `objective/kl`, the mean log ratio of the samples to the reference, where
+    there is one.
+  """
+  each = [c for own in drawn for c in own]
+  mean = lambda values: float(np.mean(values)) if len(values) else math.nan
+  ratios = []
+  for one in sets:
+    if "ref" in one.anchors:
+      ours = np.array(one.sources) == "policy"
+      ratio = one.candidates.behaviour_raw_logps - one.anchors["ref"]
+      ratios += np.repeat(
+          ratio[ours], one.candidates.multiplicity[ours]).tolist()
+  kl = {"objective/kl": mean(ratios)} if ratios else {}
+  return kl | {
+      "candidates/score": mean([c.score for own in told for c in own]),
+      "candidates/score_best": mean(
+          [max(c.score for c in own) for own in told if own]),
+      "candidates/tied_share": mean([not s.has_contrast for s in sets]),
+      "candidates/unique_share": mean([
+          len({c.tokens.tobytes() for c in own}) / len(own) for own in drawn]),
+      "candidates/empty_share": 1.0 - sum(map(len, told)) / len(each),
+      "candidates/cut_share": mean(
+          [c.finish_reason == "length" for c in each]),
+      "candidates/length": mean([len(c.tokens) for c in each]),
+      "candidates/repetition": mean(
+          [repetition(c.tokens) for c in each]),
+  }
