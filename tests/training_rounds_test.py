@@ -2,6 +2,7 @@
 
 import functools
 import json
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,6 +109,28 @@ def test_a_round_is_written_by_exactly_the_weights_of_its_lag(
     pool = rounds_lib.read_pool(tmp_path / f"{number:06d}")
     assert pool.policy_step == step
     assert all(s.candidates.policy_step == step for s in pool.sets)
+
+
+def test_a_round_in_the_thread_keeps_weights_that_the_trainer_gives_away(
+    tmp_path):
+  given_away = threading.Event()
+
+  class Late(Fake):
+    def __call__(self, number, weights, step):
+      if number == 1:
+        assert given_away.wait(20)
+      return super().__call__(number, weights, step)
+
+  fill = Late()
+  rounds = make(tmp_path, fill, lag=1)
+  state = state_of(10, 7)
+  rounds.advance(0, state)
+  for x in (state.params["w"], state.moving["w"]):
+    x.delete()  # as a step does that is handed its state
+  given_away.set()
+  rounds.settle()
+  rounds.close()
+  assert fill.made[1] == (0, 10.0, 7.0)
 
 
 def same(one, other):
