@@ -1,6 +1,7 @@
 """Chains that go on where an example was left last; states of losses."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import training_cases as cases
 
-from mcpo_jax import types
+from mcpo_jax import checkpoints, errors, types
 from mcpo_jax.data import packing
 from mcpo_jax.models import decoder
 from mcpo_jax.training import batch as batch_lib
@@ -74,6 +75,59 @@ def test_what_is_written_is_the_later_of_two_draws_and_nothing_held_out():
   counts = np.array(memory.history)
   counts[4] += [1, 0, 1, 0, 0]  # both visits count
   np.testing.assert_array_equal(now.history, counts)
+
+
+class Rounds:
+  """Tells what the loop asks of rounds, and breaks when told to."""
+
+  def __init__(self, told, breaks_at=None):
+    self.told, self.breaks_at = told, breaks_at
+
+  def advance(self, step, state):
+    self.told.append(f"advance {step}")
+    if step == self.breaks_at:
+      raise errors.ServiceError("reward.tie", "")
+    return state, {"round": step} if step % 2 == 0 else {}
+
+  def settle(self):
+    self.told.append("settle")
+
+  def close(self):
+    self.told.append("close")
+
+
+def test_rounds_are_ready_before_a_batch_and_on_disk_before_a_checkpoint(
+    tmp_path, monkeypatch):
+  told = []
+  save = checkpoints.Checkpointer.save
+  monkeypatch.setattr(checkpoints.Checkpointer, "save", lambda self, step, *a: (
+      told.append(f"save {step}"), save(self, step, *a)))
+  stage = stage_of("dpo", strategy="fixed_worst", score=None,
+                   temperature=None)._replace(num_steps=4)
+  model = cases.make_model()
+
+  def run(rounds):
+    return loop.train(
+        stage, model, lambda step: told.append(f"batch {step}") or make_batch(
+            step), lambda: cases.init(model), tmp_path,
+        metrics.Writer(tmp_path), loop.Schedule(
+            log_every=9, save_every=2, keep=2, evaluate_every=9, patience=None,
+            keep_best=False), meta={},
+        reference=stage_lib.Reference(reference), rounds=rounds)
+
+  with pytest.raises(errors.ServiceError):
+    run(Rounds(told, breaks_at=3))
+  assert told == [
+      "advance 0", "batch 0", "advance 1", "batch 1", "settle", "save 2",
+      "advance 2", "batch 2", "advance 3", "close"]
+  del told[:]
+  run(Rounds(told))  # a round's metrics belong to its first update
+  assert told == ["advance 2", "batch 2", "advance 3", "batch 3", "settle",
+                  "save 4", "close"]
+  rows = [json.loads(line) for line in (
+      tmp_path / "metrics.jsonl").read_text().splitlines()]
+  assert [(r["step"], r["round"]) for r in rows if "round" in r] == [
+      (1, 0), (3, 2)]
 
 
 def train(folder, stage, *, patience=None):
