@@ -128,6 +128,7 @@ KEYS: dict[str, Setting] = {
     "reward_model.batch_size": _COUNT,
     "mesh.data": _AXIS,
     "mesh.fsdp": _AXIS,
+    "mesh.context": _AXIS,
     "mesh.tensor": _AXIS,
     "generation.temperature": Setting(low=0.0, high=100.0),
     "generation.top_p": Setting(low=0.0, high=1.0, open_low=True),

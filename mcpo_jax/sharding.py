@@ -17,7 +17,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mcpo_jax import errors
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
 
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -28,15 +28,17 @@ def make_mesh(
     data: int,
     fsdp: int,
     tensor: int,
+    context: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """A mesh with axes "data", "fsdp", "tensor" of Auto type.
+  """A mesh with axes "data", "fsdp", "context", "tensor" of Auto type.
 
   Args:
     data: size of the axis that only splits the batch.
     fsdp: size of the axis that splits the batch and the weights.
     tensor: size of the axis that splits heads and hidden units. One of the
-      three may be -1: whatever number of devices is left.
+      four may be -1: whatever number of devices is left.
+    context: size of the axis that splits the tokens of a stream.
     devices: the devices to use; all of them by default.
 
   Raises:
@@ -44,7 +46,7 @@ def make_mesh(
       devices.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = dict(zip(AXES, (data, fsdp, tensor)))
+  sizes = dict(zip(AXES, (data, fsdp, context, tensor)))
   shown = " x ".join(f"{name}={size}" for name, size in sizes.items())
   unknown = [name for name, size in sizes.items() if size == -1]
   known = math.prod(size for size in sizes.values() if size != -1)

@@ -42,17 +42,17 @@ def mesh_of(data, fsdp, tensor):
 @needs_eight
 def test_minus_one_takes_the_devices_that_are_left():
   mesh = sharding.make_mesh(data=2, fsdp=-1, tensor=2)
-  assert dict(mesh.shape) == dict(data=2, fsdp=2, tensor=2)
+  assert dict(mesh.shape) == dict(data=2, fsdp=2, context=1, tensor=2)
   assert set(mesh.axis_types) == {AxisType.Auto}
 
 
 @pytest.mark.parametrize(
     "sizes, numbers",
     [
-        ((3, 1, 1), ["data=3", "8 devices"]),
-        ((3, -1, 1), ["data=3", "8 devices"]),
-        ((-1, -1, 1), ["data=-1", "fsdp=-1"]),
-        ((0, 8, 1), ["data=0"]),
+        ((3, 1, 1, 1), ["data=3", "8 devices"]),
+        ((3, -1, 1, 1), ["data=3", "8 devices"]),
+        ((-1, -1, 1, 1), ["data=-1", "fsdp=-1"]),
+        ((0, 8, 1, 1), ["data=0"]),
     ],
 )
 @needs_eight
