@@ -31,6 +31,9 @@ def _optimizer() -> ml_collections.ConfigDict:
   optimizer.eps = 1e-8
   # Gradients with a larger global norm are scaled down to it.
   optimizer.max_grad_norm = 1.0
+  # Of the first moment (adamw, sgd): "float32" or "bfloat16". Second moments
+  # are float32: they move by too little at a time for bfloat16.
+  optimizer.moment_dtype = "float32"
   return optimizer
 
 
@@ -107,7 +110,8 @@ def get_config() -> ml_collections.ConfigDict:
   model.rope_theta = 10000.0
   # One matrix for the input embedding and the output head.
   model.tie_embeddings = True
-  # Of the weights and the optimizer's moments: "float32" or "bfloat16".
+  # Of the weights: "float32", or "bfloat16" beside a float32 copy in the
+  # optimizer's state, to which updates are added.
   model.param_dtype = "float32"
   # Of the matrix products; log-probs and losses are float32 either way.
   model.compute_dtype = "float32"

@@ -38,6 +38,7 @@ _OPTIMIZER = {
     "b2": Setting(low=0.0, high=0.999999),
     "eps": _POSITIVE,
     "max_grad_norm": _POSITIVE,
+    "moment_dtype": _DTYPE,
 }
 
 # Kernel keys that only some strategies read: default and range, readers.

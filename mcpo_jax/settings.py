@@ -167,6 +167,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _check_run(config)
   found += _check_texts(config)
   found += _check_mesh(config)
+  found += _check_optimizers(config)
   found += _check_serve(config)
   found += _resolve_objective(config)
   found += _check_reward(config)
@@ -177,8 +178,9 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   _raise_all(found)
   if config["model"]["param_dtype"] == "bfloat16":
     logging.warning(
-        "config.precision: weights and moments in bfloat16 lose small updates "
-        "(model.param_dtype); log-probs and losses stay float32")
+        "config.precision: a chunk's gradient comes in bfloat16, as the weights"
+        " (model.param_dtype); sums over chunks, updates, log-probs and losses "
+        "stay float32")
   return config
 
 
@@ -304,6 +306,21 @@ def _check_mesh(config) -> list[errors.McpoError]:
         "config.mesh", "mesh sizes are whole numbers above 0, and at most one "
         "is -1", where="mesh", got=mesh)]
   return []
+
+
+def _check_optimizers(config) -> list[errors.McpoError]:
+  """What an update rule does not read."""
+  found = []
+  for group, optimizer in (
+      ("", config["optimizer"]), ("sft.", config["sft"]["optimizer"]),
+      ("reward_model.", config["reward_model"]["optimizer"])):
+    if optimizer["moment_dtype"] != "float32" and (
+        optimizer["name"] not in ("adamw", "sgd")):
+      found.append(errors.ConfigError(
+          "config.unused", f"{optimizer['name']} has no first moment",
+          where=f"{group}optimizer.moment_dtype",
+          got=optimizer["moment_dtype"], want="float32"))
+  return found
 
 
 def parse_rewards(text: str) -> list[tuple[str, float]]:

@@ -145,20 +145,24 @@ def optimizer_shardings(
 ) -> Any:
   """Shardings of tx.init(params): moments as their parameter, else replicated.
 
-  jit(tx.init) without them puts every moment whole on one device.
+  jit(tx.init) without them puts every moment whole on one device. What is no
+  longer of the parameter's shape, as adafactor's factors, is small.
 
   Args:
     tx: the optimizer.
     params: tree of arrays or ShapeDtypeStructs.
     shardings: tree of NamedShardings of the same structure.
   """
-  mesh = jax.tree.leaves(shardings)[0].mesh
+  whole = replicated(jax.tree.leaves(shardings)[0].mesh)
   return optax.tree_map_params(
       tx,
-      lambda _, sharding: sharding,
+      lambda x, param, sharding: (
+          sharding if x.shape == param.shape else whole
+      ),
       jax.eval_shape(tx.init, params),
+      params,
       shardings,
-      transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+      transform_non_params=lambda _: whole,
   )
 
 

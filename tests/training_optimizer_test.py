@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mcpo_jax.training import optimizer
@@ -78,3 +79,54 @@ def test_every_rule_lowers_a_quadratic(name):
     updates, state = tx.update(jax.grad(loss)(params), state, params)
     params = jax.tree.map(jnp.add, params, updates)
   assert loss(params) < first
+
+
+def steps_of(tx, params, grads):
+  """The parameters and the state after every gradient."""
+  state, out = tx.init(params), []
+  for g in grads:
+    updates, state = tx.update({"kernel": g}, state, params)
+    params = optax.apply_updates(params, updates)
+    out.append((params["kernel"], state))
+  return out
+
+
+def test_bfloat16_parameters_follow_their_float32_copy():
+  """300 updates of 1e-5 of a weight near 1: none of them shows in bfloat16."""
+  rule = RULE | {"name": "sgd", "b1": 0.0}
+  plain = optimizer.make_optimizer(schedule=lambda _: 1.0, **rule)
+  start = jnp.array([1.0, -0.75, 1e-3, 0.0], jnp.bfloat16)
+  grads = [jnp.full(4, 1e-5, jnp.bfloat16)] * 300
+  lost = steps_of(plain, {"kernel": start}, grads)[-1][0]
+  wide = steps_of(plain, {"kernel": start.astype(jnp.float32)}, grads)
+  half = steps_of(optimizer.with_master(plain), {"kernel": start}, grads)
+  assert lost[0] == 1.0
+  for (params, state), (want, _) in zip(half, wide):
+    assert params.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(state.params["kernel"], want)
+    np.testing.assert_array_equal(params, want.astype(jnp.bfloat16))
+  np.testing.assert_allclose(
+      want, np.float32(start) - 3e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_first_moment_in_bfloat16_costs_half_and_changes_little(name):
+  rng = np.random.default_rng(0)
+  start = {"kernel": jnp.array(rng.normal(size=(5, 3)), jnp.float32)}
+  grads = [jnp.array(rng.normal(size=(5, 3)), jnp.float32) for _ in range(40)]
+  make = lambda **more: optimizer.make_optimizer(
+      schedule=lambda _: 1e-2, **RULE | {"name": name, **more})
+  wide = steps_of(make(), start, grads)[-1]
+  half = steps_of(make(moment_dtype="bfloat16"), start, grads)[-1]
+  np.testing.assert_allclose(half[0], wide[0], atol=5e-3)
+  assert (half[0] != wide[0]).any()
+  kinds = sorted(x.dtype.name for x in jax.tree.leaves(half[1]) if x.ndim)
+  assert kinds == ["bfloat16"] + ["float32"] * (name == "adamw")
+
+
+def test_a_second_moment_in_bfloat16_would_never_fall():
+  """Why there is no setting for it."""
+  moment = jnp.array(1.0, jnp.bfloat16)
+  for _ in range(100):
+    moment = (0.999 * moment.astype(jnp.float32)).astype(jnp.bfloat16)
+  assert moment == 1.0 and 0.999**100 < 0.91

@@ -131,6 +131,15 @@ def test_moments_lie_where_their_parameters_lie():
   assert up.addressable_shards[0].data.size == up.size // 8
 
 
+def test_factors_of_adafactor_are_whole_on_every_device():
+  model = cases.make_model(devices=8, data=1, fsdp=8)
+  functions = stage_lib.make_functions(
+      cases.stage(optimizer=cases.OPTIMIZER | {"name": "adafactor"}), model)
+  state = functions.init(cases.init(model))
+  for x in jax.tree.leaves(state.opt_state):
+    assert x.sharding.is_fully_replicated or x.ndim > 1
+
+
 def test_each_function_is_traced_once_whatever_the_batch_looks_like():
   model, stage = cases.make_model(num_streams=2), cases.stage()
   functions = stage_lib.make_functions(stage, model)

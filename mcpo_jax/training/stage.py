@@ -171,6 +171,9 @@ def make_functions(
       learning_rate=options.pop("learning_rate"),
       warmup_ratio=options.pop("warmup_ratio"), num_steps=stage.num_steps)
   tx = optimizer_lib.make_optimizer(schedule=schedule, **options)
+  if any(jnp.finfo(x.dtype).bits < 32
+         for x in jax.tree.leaves(model.param_shapes)):
+    tx = optimizer_lib.with_master(tx)
   kernel = {name: value for name, value in stage.kernel.items()
             if name != "refresh"}
   if ":" in kernel["strategy"]:

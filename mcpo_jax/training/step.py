@@ -125,7 +125,7 @@ class Inputs(NamedTuple):
 class Accumulator(NamedTuple):
   """Sums over the chunks of one batch."""
 
-  grads: types.Params
+  grads: types.Params  # float32 at least
   loss: jax.Array  # [B]
   aux: dict[str, jax.Array]  # name -> [B]
 
@@ -405,11 +405,16 @@ def make_step_functions(
     aux = {name: jnp.where(present, x, 0.0) for name, x in aux.items()}
     return total, (loss, aux, objective_state)
 
+  def no_grads(params):
+    return jax.tree.map(
+        lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+        params)
+
   def zeros(params, values, inputs):
     shapes = jax.eval_shape(
         loss_terms, values, inputs, inputs.sets.candidate_mask[:, 0])[1][:2]
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    return Accumulator(jax.tree.map(jnp.zeros_like, params), *empty)
+    return Accumulator(no_grads(params), *empty)
 
   def from_loss(params, reference, total, streams, inputs, present):
     def f(params):
@@ -425,8 +430,8 @@ def make_step_functions(
     terms = jax.value_and_grad(loss_terms, has_aux=True)
     (_, (loss, aux, objective_state)), cotangent = terms(
         values, inputs, inputs.sets.candidate_mask[:, 0])
-    grads = jax.tree.map(jnp.zeros_like, params)
-    return cotangent, Accumulator(grads, loss, aux), objective_state
+    return (cotangent, Accumulator(no_grads(params), loss, aux),
+            objective_state)
 
   def from_cotangents(params, reference, total, streams, inputs, cotangent):
     def f(params):
