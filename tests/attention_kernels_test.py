@@ -1,0 +1,150 @@
+"""Fused attention against NumPy in float64."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mcpo_jax.models import attention, spans, splash
+
+LENGTH, HEADS, KV_HEADS, WIDTH, SOFTCAP = 384, 6, 2, 8, 3.0
+NO_WINDOW = 2**30
+# (prompt slot, prompt length, candidate lengths) of the sets of each stream.
+LAYOUT = [
+    [(3, 50, [40, 70]), (0, 130, [10, 20, 30])],
+    [(1, 9, [200, 1]), (4, 3, []), (2, 1, [66])],
+]
+
+
+def slots_of(layout):
+  columns = []
+  for sets in layout:
+    rows = []
+    for slot, prompt, candidates in sets:
+      rows += [(i, slot, -1) for i in range(prompt)]
+      for k, size in enumerate(candidates):
+        rows += [(prompt + i, slot, k) for i in range(size)]
+    rows += [(0, -1, -1)] * (LENGTH - len(rows))
+    columns.append(np.array(rows, np.int32).T)
+  return attention.Slots(*np.stack(columns, axis=1))
+
+
+SLOTS = slots_of(LAYOUT)
+
+
+def visible(window):
+  """[S, T, T] bool, by the rule of types.Streams, word by word."""
+  positions, prompt, candidate = SLOTS
+  distance = positions[:, :, None] - positions[:, None]
+  own = candidate[:, None] == candidate[:, :, None]
+  return (
+      (prompt[:, :, None] == prompt[:, None])
+      & (prompt >= 0)[:, :, None]
+      & ((candidate < 0)[:, None] | own)
+      & (distance >= 0)
+      & (distance < window)
+  )
+
+
+@functools.cache
+def inputs():
+  """q, k, v and the cotangent of the output, none on padding."""
+  rng = np.random.default_rng(0)
+  draw = lambda heads: rng.normal(
+      size=(len(LAYOUT), LENGTH, heads, WIDTH)
+  ).astype(np.float32)
+  real = (SLOTS.prompt >= 0)[..., None, None]
+  return 2 * draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS) * real
+
+
+def in_numpy(q, k, v, cotangent, mask):
+  """Output and gradients in float64, all pairs at once."""
+  q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, cotangent))
+  group = HEADS // KV_HEADS
+  k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
+  bent = np.tanh(np.einsum("sihe,sjhe->shij", q, k) * WIDTH**-0.5 / SOFTCAP)
+  weights = np.where(mask[:, None], np.exp(SOFTCAP * bent), 0.0)
+  weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
+  out = np.einsum("shij,sjhe->sihe", weights, v)
+  d_weights = np.einsum("sihe,sjhe->shij", d_out, v)
+  mean = (weights * d_weights).sum(-1, keepdims=True)
+  d_scores = weights * (d_weights - mean) * (1 - bent**2) * WIDTH**-0.5
+  summed = lambda x: x.reshape(*x.shape[:2], KV_HEADS, group, WIDTH).sum(3)
+  return (
+      out,
+      np.einsum("shij,sjhe->sihe", d_scores, k),
+      summed(np.einsum("shij,sihe->sjhe", d_scores, q)),
+      summed(np.einsum("shij,sihe->sjhe", weights, d_out)),
+  )
+
+
+@functools.cache
+def by_splash():
+  """(q, k, v, cotangent, window) -> output and gradients."""
+
+  def run(q, k, v, cotangent, window):
+    seen = spans.intervals(SLOTS, window)
+    attend = lambda *qkv: splash.attend(
+        *qkv, seen, scale=WIDTH**-0.5, softcap=SOFTCAP, interpret=True
+    )
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, *pull(cotangent)
+
+  return jax.jit(run)
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 37, 1])
+def test_two_intervals_are_what_a_token_sees(window):
+  place = np.arange(LENGTH)
+  own, prompt = (
+      (place >= np.array(x.first)[..., None])
+      & (place <= np.array(x.last)[..., None])
+      for x in spans.intervals(SLOTS, jnp.int32(window))
+  )
+  assert not (own & prompt).any() and own.any(-1).all()
+  real = SLOTS.prompt >= 0
+  np.testing.assert_array_equal((own | prompt)[real], visible(window)[real])
+  assert not prompt[~real].any() and (own[~real].sum(-1) == 1).all()
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 37])
+def test_splash_is_attention(window):
+  want = in_numpy(*inputs(), visible(window))
+  got = by_splash()(*inputs(), window)
+  real = SLOTS.prompt >= 0
+  np.testing.assert_allclose(got[0][real], want[0][real], rtol=0, atol=1e-5)
+  assert np.isfinite(got[0]).all()
+  for one, other in zip(got[1:], want[1:]):
+    assert np.abs(other).max() > 1
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_splash_lets_no_candidate_see_another():
+  """One changed candidate changes no bit of any other token's."""
+  before = by_splash()(*inputs(), NO_WINDOW)
+  changed = (SLOTS.prompt == 0) & (SLOTS.candidate == 1)
+  other = [np.where(changed[..., None, None], x[:, ::-1], x) for x in inputs()]
+  after = by_splash()(*other, NO_WINDOW)
+  prompt = (SLOTS.prompt == 0) & (SLOTS.candidate < 0)
+  for i, (one, two) in enumerate(zip(before, after)):
+    # The gradients of the prompt's keys and values come from all candidates.
+    apart = ~changed & ~prompt if i > 1 else ~changed
+    np.testing.assert_array_equal(one[apart], two[apart])
+    assert (one[changed] != two[changed]).any()
+
+
+def test_splash_meets_only_blocks_that_someone_sees():
+  stream = jax.tree.map(lambda x: x[0], spans.intervals(SLOTS, jnp.int32(37)))
+  q = k = np.zeros((2, LENGTH, WIDTH))  # blocks of 128
+  met = []
+  for seen in stream:
+    info = splash._blocks_of_queries(q, k, splash._bound(seen))
+    met.append(np.array(info.block_mask[0]))
+    fetched = np.array(info.data_next[0])
+    assert (fetched[met[-1] > 0] == np.nonzero(met[-1])[1]).all()
+  blocks = visible(37)[0].reshape(3, 128, 3, 128).any((1, 3))
+  real = (SLOTS.prompt[0] >= 0).reshape(3, 128).any(1)
+  np.testing.assert_array_equal((met[0] | met[1])[real], blocks[real])
+  assert blocks.sum() < 6  # of the lower half
