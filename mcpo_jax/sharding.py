@@ -201,6 +201,15 @@ def put_global(tree: Any, sharding: NamedSharding) -> Any:
   return jax.tree_util.tree_map_with_path(one, tree)
 
 
+def tracing_on(mesh: Mesh) -> Any:
+  """A context for the body of a jitted function: `constrain` pins to the mesh.
+
+  Unlike `jax.set_mesh` it stands inside the function, so that nobody who calls
+  it can forget the mesh.
+  """
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   """Pins x to a spec of the mesh in context; without a mesh, x unchanged."""
   if jax.sharding.get_abstract_mesh().empty:

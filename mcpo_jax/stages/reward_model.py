@@ -30,9 +30,10 @@ class RewardModel(stage_lib.Model):
 
   def sequence_logps(self, params, streams, num_sets, num_slots):
     """[B, K] float32 scores, 0 for what is not in the streams."""
-    scores = reward.token_scores(
-        params, self.config, streams, compute_dtype=self.compute_dtype,
-        remat=self.remat)
+    with sharding.tracing_on(self.mesh):
+      scores = reward.token_scores(
+          params, self.config, streams, compute_dtype=self.compute_dtype,
+          remat=self.remat)
     return scoring.sequence_logps(
         scores, streams, num_sets=num_sets, num_slots=num_slots)
 

@@ -63,9 +63,10 @@ class Model(NamedTuple):
 
   def token_logps(self, params, streams):
     """[S, T] float32; see `scoring.token_logps`."""
-    return scoring.token_logps(
-        params, self.config, streams, compute_dtype=self.compute_dtype,
-        remat=self.remat)
+    with sharding.tracing_on(self.mesh):
+      return scoring.token_logps(
+          params, self.config, streams, compute_dtype=self.compute_dtype,
+          remat=self.remat)
 
   def sequence_logps(self, params, streams, num_sets, num_slots):
     """[B, K] float32, 0 for what is not in the streams."""
@@ -78,19 +79,21 @@ class Model(NamedTuple):
     """Features [B, K], 0 for what is not in the streams; `reference` are the
     weights that some terms need, () for all others, of `reference_config` if
     that is not the policy's."""
-    return scoring.sequence_features(
-        step_lib.policy_of(params), self.config, streams, sets, terms=terms,
-        reference=reference or None, reference_config=reference_config,
-        confidence=confidence,
-        objective_params=params.get("objective"),
-        compute_dtype=self.compute_dtype, remat=self.remat)
+    with sharding.tracing_on(self.mesh):
+      return scoring.sequence_features(
+          step_lib.policy_of(params), self.config, streams, sets, terms=terms,
+          reference=reference or None, reference_config=reference_config,
+          confidence=confidence,
+          objective_params=params.get("objective"),
+          compute_dtype=self.compute_dtype, remat=self.remat)
 
   def held_out_values(self, params, streams, sets):
     """Features [B, K] and hidden sums [B, K, D]; see
     `scoring.held_out_values`."""
-    return scoring.held_out_values(
-        step_lib.policy_of(params), self.config, streams, sets,
-        compute_dtype=self.compute_dtype)
+    with sharding.tracing_on(self.mesh):
+      return scoring.held_out_values(
+          step_lib.policy_of(params), self.config, streams, sets,
+          compute_dtype=self.compute_dtype)
 
 
 class Stage(NamedTuple):
