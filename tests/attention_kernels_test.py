@@ -1,4 +1,4 @@
-"""Fused attention against NumPy in float64."""
+"""Fused attention against NumPy in float64, and what is compiled."""
 
 import functools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mcpo_jax.models import attention, spans, splash
+from mcpo_jax.models import attention, cudnn, spans, splash
 
 LENGTH, HEADS, KV_HEADS, WIDTH, SOFTCAP = 384, 6, 2, 8, 3.0
 NO_WINDOW = 2**30
@@ -59,13 +59,13 @@ def inputs():
   return 2 * draw(HEADS), draw(KV_HEADS), draw(KV_HEADS), draw(HEADS) * real
 
 
-def in_numpy(q, k, v, cotangent, mask):
+def in_numpy(q, k, v, cotangent, mask, softcap):
   """Output and gradients in float64, all pairs at once."""
   q, k, v, d_out = (x.astype(np.float64) for x in (q, k, v, cotangent))
   group = HEADS // KV_HEADS
   k, v = np.repeat(k, group, axis=2), np.repeat(v, group, axis=2)
-  bent = np.tanh(np.einsum("sihe,sjhe->shij", q, k) * WIDTH**-0.5 / SOFTCAP)
-  weights = np.where(mask[:, None], np.exp(SOFTCAP * bent), 0.0)
+  bent = np.tanh(np.einsum("sihe,sjhe->shij", q, k) * WIDTH**-0.5 / softcap)
+  weights = np.where(mask[:, None], np.exp(softcap * bent), 0.0)
   weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-300)
   out = np.einsum("shij,sjhe->sihe", weights, v)
   d_weights = np.einsum("sihe,sjhe->shij", d_out, v)
@@ -111,7 +111,7 @@ def test_two_intervals_are_what_a_token_sees(window):
 
 @pytest.mark.parametrize("window", [NO_WINDOW, 37])
 def test_splash_is_attention(window):
-  want = in_numpy(*inputs(), visible(window))
+  want = in_numpy(*inputs(), visible(window), SOFTCAP)
   got = by_splash()(*inputs(), window)
   real = SLOTS.prompt >= 0
   np.testing.assert_allclose(got[0][real], want[0][real], rtol=0, atol=1e-5)
@@ -148,3 +148,121 @@ def test_splash_meets_only_blocks_that_someone_sees():
   real = (SLOTS.prompt[0] >= 0).reshape(3, 128).any(1)
   np.testing.assert_array_equal((met[0] | met[1])[real], blocks[real])
   assert blocks.sum() < 6  # of the lower half
+
+
+# --- cuDNN --------------------------------------------------------------------
+
+
+def stretches(part):
+  """(row of the log-sum-exps, stream, queries, keys) of every segment."""
+  query, num_queries, key, num_keys = map(np.asarray, part)
+  there = np.argwhere(query >= 0)
+  for row, (s, m) in enumerate(there):
+    yield (row, s, slice(query[s, m], query[s, m] + num_queries[s, m]),
+           slice(key[s, m], key[s, m] + num_keys[s, m]))
+
+
+def scores_of(q, k, s, queries, keys, causal, scale):
+  k = np.repeat(k[s, keys], HEADS // KV_HEADS, axis=1)
+  scores = np.einsum("ihe,jhe->hij", q[s, queries], k) * scale
+  if causal:
+    scores[:, ~np.tri(*scores.shape[1:], dtype=bool)] = -np.inf
+  return scores
+
+
+def run_segments(q, k, v, part, causal, scale):
+  """The kernel as documented: nothing is written outside of segments."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.full(q.shape, np.nan)
+  stats = np.full((part.query.size, HEADS, LENGTH), np.nan)
+  for row, s, queries, keys in stretches(part):
+    scores = scores_of(q, k, s, queries, keys, causal, scale)
+    top = scores.max(-1, keepdims=True)
+    lse = top + np.log(np.exp(scores - top).sum(-1, keepdims=True))
+    v_seen = np.repeat(v[s, keys], HEADS // KV_HEADS, axis=1)
+    out[s, queries] = np.einsum("hij,jhe->ihe", np.exp(scores - lse), v_seen)
+    stats[row, :, :lse.shape[1]] = lse[..., 0]
+  return out.astype(np.float32), stats.astype(np.float32)
+
+
+def pull_segments(q, k, v, part, causal, scale, stats, out, cotangent):
+  """Its backward pass, of the output and log-sum-exps that it is given."""
+  q, k, v, stats, out, d_out = (
+      np.asarray(x, np.float64) for x in (q, k, v, stats, out, cotangent)
+  )
+  d_q, d_k, d_v = (np.full(x.shape, np.nan) for x in (q, k, v))
+  for row, s, queries, keys in stretches(part):
+    scores = scores_of(q, k, s, queries, keys, causal, scale)
+    weights = np.exp(scores - stats[row, :, :scores.shape[1], None])
+    k_seen, v_seen = (
+        np.repeat(x[s, keys], HEADS // KV_HEADS, axis=1) for x in (k, v)
+    )
+    d_here, mean = d_out[s, queries], (out * d_out)[s, queries].sum(-1)
+    d_scores = np.einsum("ihe,jhe->hij", d_here, v_seen) - mean.T[..., None]
+    d_scores *= weights * scale
+    summed = lambda x: x.reshape(len(x), KV_HEADS, -1, WIDTH).sum(2)
+    d_q[s, queries] = np.einsum("hij,jhe->ihe", d_scores, k_seen)
+    d_k[s, keys] = summed(np.einsum("hij,ihe->jhe", d_scores, q[s, queries]))
+    d_v[s, keys] = summed(np.einsum("hij,ihe->jhe", weights, d_here))
+  return tuple(x.astype(np.float32) for x in (d_q, d_k, d_v))
+
+
+def test_cudnn_is_attention_given_its_kernel(monkeypatch):
+  """All around the kernel, which itself needs a GPU."""
+
+  def run(q, k, v, part, causal, scale):
+    stats = (part.query.size, HEADS, LENGTH)
+    shapes = [jax.ShapeDtypeStruct(x, jnp.float32) for x in (q.shape, stats)]
+    f = lambda *arrays: run_segments(*arrays, causal, scale)
+    return jax.pure_callback(f, shapes, q, k, v, part)
+
+  def pull(q, k, v, part, causal, scale, *rest):
+    f = lambda q, k, v, part, *rest: pull_segments(
+        q, k, v, part, causal, scale, *rest
+    )
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.float32) for x in (q, k, v)]
+    return jax.pure_callback(f, shapes, q, k, v, part, *rest)
+
+  monkeypatch.setattr(cudnn, "_run", run)
+  monkeypatch.setattr(cudnn, "_pull", pull)
+
+  @jax.jit
+  def attend(q, k, v, cotangent):
+    own, prompt, fit = cudnn.segments(SLOTS)
+    f = lambda *qkv: cudnn.attend(*qkv, own, prompt, scale=WIDTH**-0.5)
+    out, pull = jax.vjp(f, q, k, v)
+    return fit, out, *pull(cotangent)
+
+  fit, *got = attend(*inputs())
+  assert fit
+  # A cap as far away as this is none.
+  want = in_numpy(*inputs(), visible(NO_WINDOW), softcap=1e6)
+  for one, other in zip(got, want):
+    assert np.abs(other).max() > 1
+    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_cudnn_says_when_there_are_too_many_runs():
+  short = [[(b, 3, [2, 1]) for b in range(3)]] * 2  # 9 runs, room for 8
+  assert not cudnn.segments(slots_of(short))[2]
+  assert cudnn.segments(slots_of([x[:2] for x in short]))[2]
+
+
+def test_cudnn_is_called_for_both_parts():
+  """Forward and backward, in the program that a GPU would compile."""
+  shape = lambda heads: jax.ShapeDtypeStruct(
+      (len(LAYOUT), LENGTH, heads, WIDTH), jnp.bfloat16
+  )
+
+  def run(q, k, v, cotangent):
+    own, prompt, _ = cudnn.segments(SLOTS)
+    attend = lambda *qkv: cudnn.attend(*qkv, own, prompt, scale=1.0)
+    out, pull = jax.vjp(attend, q, k, v)
+    return out, pull(cotangent)
+
+  text = jax.jit(run).trace(
+      shape(HEADS), shape(KV_HEADS), shape(KV_HEADS), shape(HEADS)
+  ).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("fmhaSoftmax(") == 2
+  assert text.count("fmhaSoftmaxBackward(") == 2
+  assert text.count("PADDING_CAUSAL") == 2
