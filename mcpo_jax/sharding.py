@@ -210,6 +210,18 @@ def tracing_on(mesh: Mesh) -> Any:
   return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
+def traced_devices() -> tuple[str, int]:
+  """(kind, number) of the devices that a function is being traced for.
+
+  Of the mesh in context, which may be of devices that are not here; without
+  one all devices of this process. The kind of a CPU is "cpu".
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.abstract_device is None:
+    return jax.devices()[0].device_kind, jax.device_count()
+  return mesh.abstract_device.device_kind, mesh.size
+
+
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   """Pins x to a spec of the mesh in context; without a mesh, x unchanged."""
   if jax.sharding.get_abstract_mesh().empty:

@@ -124,6 +124,22 @@ def test_host_arrays_are_split_over_the_devices():
   assert caught.value.slug == "config.divisible"
 
 
+@needs_eight
+def test_a_traced_function_knows_its_mesh_and_not_the_machine():
+  assert sharding.traced_devices() == ("cpu", jax.device_count())
+  seen = []
+
+  @jax.jit
+  def f(x):
+    with sharding.tracing_on(mesh_of(1, 4, 1)):
+      seen.append(sharding.traced_devices())
+      return sharding.constrain(x * 2, "fsdp")
+
+  x = jax.device_put(jnp.arange(8.0), sharding.replicated(mesh_of(1, 4, 1)))
+  assert f(x).sharding.spec == P("fsdp")
+  assert seen == [("cpu", 4)]
+
+
 @functools.cache
 def step_on(sizes):
   """Log-probabilities and gradients of a loss of them, on a mesh."""

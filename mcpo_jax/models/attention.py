@@ -13,6 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mcpo_jax import sharding
+
 MASKED = -1e30  # finite: a query that sees nothing stays finite
 QUERY_BLOCK = 128
 MAX_BLOCKS = 16
@@ -54,7 +56,7 @@ def attend(
     [S, T, H, E] in the dtype of v; finite, of no meaning, on padding.
   """
   if one_by_one is None:
-    one_by_one = jax.default_backend() == "cpu" and jax.device_count() == 1
+    one_by_one = sharding.traced_devices() == ("cpu", 1)
   # over(f, xs, shared) is f(x, *shared) for every x of axis 0 of xs.
   if one_by_one:
     over = lambda f, xs, *shared: jax.lax.map(lambda x: f(x, *shared), xs)
