@@ -80,16 +80,26 @@ def in_numpy(q, k, v, cotangent, mask, softcap):
   )
 
 
+def splash_attend(q, k, v, window):
+  seen = spans.intervals(spans.runs(SLOTS), window)
+  return splash.attend(
+      q, k, v, seen, scale=WIDTH**-0.5, softcap=SOFTCAP, interpret=True
+  )
+
+
+def tiled_attend(q, k, v, window):
+  within = attention.stream_attention(
+      SLOTS, scale=WIDTH**-0.5, softcap=SOFTCAP
+  )
+  return within(q, k, v, window)
+
+
 @functools.cache
-def by_splash():
+def by(attend):
   """(q, k, v, cotangent, window) -> output and gradients."""
 
   def run(q, k, v, cotangent, window):
-    seen = spans.intervals(SLOTS, window)
-    attend = lambda *qkv: splash.attend(
-        *qkv, seen, scale=WIDTH**-0.5, softcap=SOFTCAP, interpret=True
-    )
-    out, pull = jax.vjp(attend, q, k, v)
+    out, pull = jax.vjp(lambda *qkv: attend(*qkv, window), q, k, v)
     return out, *pull(cotangent)
 
   return jax.jit(run)
@@ -101,7 +111,7 @@ def test_two_intervals_are_what_a_token_sees(window):
   own, prompt = (
       (place >= np.array(x.first)[..., None])
       & (place <= np.array(x.last)[..., None])
-      for x in spans.intervals(SLOTS, jnp.int32(window))
+      for x in spans.intervals(spans.runs(SLOTS), jnp.int32(window))
   )
   assert not (own & prompt).any() and own.any(-1).all()
   real = SLOTS.prompt >= 0
@@ -109,10 +119,14 @@ def test_two_intervals_are_what_a_token_sees(window):
   assert not prompt[~real].any() and (own[~real].sum(-1) == 1).all()
 
 
+KERNELS = pytest.mark.parametrize("attend", [splash_attend, tiled_attend])
+
+
+@KERNELS
 @pytest.mark.parametrize("window", [NO_WINDOW, 37])
-def test_splash_is_attention(window):
+def test_a_kernel_is_attention(attend, window):
   want = in_numpy(*inputs(), visible(window), SOFTCAP)
-  got = by_splash()(*inputs(), window)
+  got = by(attend)(*inputs(), window)
   real = SLOTS.prompt >= 0
   np.testing.assert_allclose(got[0][real], want[0][real], rtol=0, atol=1e-5)
   assert np.isfinite(got[0]).all()
@@ -121,12 +135,13 @@ def test_splash_is_attention(window):
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
-def test_splash_lets_no_candidate_see_another():
+@KERNELS
+def test_no_candidate_sees_another(attend):
   """One changed candidate changes no bit of any other token's."""
-  before = by_splash()(*inputs(), NO_WINDOW)
+  before = by(attend)(*inputs(), NO_WINDOW)
   changed = (SLOTS.prompt == 0) & (SLOTS.candidate == 1)
   other = [np.where(changed[..., None, None], x[:, ::-1], x) for x in inputs()]
-  after = by_splash()(*other, NO_WINDOW)
+  after = by(attend)(*other, NO_WINDOW)
   prompt = (SLOTS.prompt == 0) & (SLOTS.candidate < 0)
   for i, (one, two) in enumerate(zip(before, after)):
     # The gradients of the prompt's keys and values come from all candidates.
@@ -136,7 +151,8 @@ def test_splash_lets_no_candidate_see_another():
 
 
 def test_splash_meets_only_blocks_that_someone_sees():
-  stream = jax.tree.map(lambda x: x[0], spans.intervals(SLOTS, jnp.int32(37)))
+  seen = spans.intervals(spans.runs(SLOTS), jnp.int32(37))
+  stream = jax.tree.map(lambda x: x[0], seen)
   q = k = np.zeros((2, LENGTH, WIDTH))  # blocks of 128
   met = []
   for seen in stream:

@@ -311,13 +311,14 @@ def test_attention_sees_what_the_rule_says():
         p = np.exp(2 * np.tanh(x / 2))
         want[s, i, h] = p @ v[s, seen, h // 2] / p.sum()
   real = streams.prompt_slot >= 0
-  for one_by_one in (True, False):
-    attend = functools.partial(
-        attention.attend, scale=0.4, softcap=2.0, one_by_one=one_by_one
-    )
-    got = jax.jit(attend)(q, k, v, slots, jnp.int32(window))
-    np.testing.assert_allclose(got[real], want[real], atol=2e-6)
-    assert np.isfinite(got).all()
+
+  def attend(q, k, v):
+    within = attention.stream_attention(slots, scale=0.4, softcap=2.0)
+    return within(q, k, v, jnp.int32(window))
+
+  got = jax.jit(attend)(q, k, v)
+  np.testing.assert_allclose(got[real], want[real], atol=2e-6)
+  assert np.isfinite(got).all()
 
 
 def test_every_parameter_has_a_rule_and_starts_scaled():

@@ -128,14 +128,12 @@ def _embed(params, config, tokens, dtype):
 
 def _stream_attention(config, slots, *, keep):
   """Attention within streams; keep hands the keys and values back."""
+  within = attention.stream_attention(
+      slots, scale=config.attention_scale, softcap=config.attention_softcap
+  )
 
   def attend(q, k, v, window, index, state):
-    out = attention.attend(
-        q, k, v, slots, window,
-        scale=config.attention_scale,
-        softcap=config.attention_softcap,
-    )
-    return out, state, (k, v) if keep else None
+    return within(q, k, v, window), state, (k, v) if keep else None
 
   return attend
 

@@ -22,23 +22,17 @@ class Interval(NamedTuple):
   last: jax.Array  # [S, T] int32
 
 
-def intervals(
-    slots: "attention.Slots", window: jax.Array
-) -> tuple[Interval, Interval]:
-  """The places that each token sees.
+class Runs(NamedTuple):
+  """Where the run and the set of each token begin."""
 
-  Args:
-    slots: [S, T] each.
-    window: [] int32; a key at distance window or more, in positions, is not
-      seen.
+  own: jax.Array  # [S, T] int32, first place of the run
+  prompt: jax.Array  # [S, T] int32, first place of the set
+  end: jax.Array  # [S, T] int32, place after the prompt; `prompt` inside it
 
-  Returns:
-    own: never empty; padding sees itself alone.
-    prompt: disjoint from own; empty for tokens of prompts and padding.
-  """
-  place = jnp.broadcast_to(
-      jnp.arange(slots.prompt.shape[1])[None], slots.prompt.shape
-  )
+
+def runs(slots: "attention.Slots") -> Runs:
+  """The runs of streams [S, T]; each token of padding is one."""
+  place = _places(slots.prompt)
   padding = slots.prompt < 0
   new_set = _changes(slots.prompt) | padding
   begin = lambda new: jax.lax.cummax(jnp.where(new, place, 0), axis=1)
@@ -46,12 +40,32 @@ def intervals(
   own = begin(new_set | _changes(slots.candidate))
   # Positions go on after the prompt for each candidate: this is its length.
   end = prompt + slots.positions - (place - own)
-  end = jnp.where(padding, prompt, end)
-  reach = end + (place - own) - window  # the last place of the prompt too far
+  return Runs(own, prompt, jnp.where(padding, prompt, end))
+
+
+def intervals(of: Runs, window: jax.Array) -> tuple[Interval, Interval]:
+  """The places that each token sees.
+
+  Args:
+    of: [S, T] each.
+    window: [] int32; a key at distance window or more, in positions, is not
+      seen.
+
+  Returns:
+    own: never empty; padding sees itself alone.
+    prompt: disjoint from own; empty for tokens of prompts and padding.
+  """
+  place = _places(of.own)
+  # The last place of the prompt that is too far.
+  reach = of.end + (place - of.own) - window
   return (
-      Interval(jnp.maximum(own, place - window + 1), place),
-      Interval(jnp.maximum(prompt, reach + 1), end - 1),
+      Interval(jnp.maximum(of.own, place - window + 1), place),
+      Interval(jnp.maximum(of.prompt, reach + 1), of.end - 1),
   )
+
+
+def _places(x):
+  return jnp.broadcast_to(jnp.arange(x.shape[1])[None], x.shape)
 
 
 def _changes(x):
