@@ -164,6 +164,7 @@ def run_steps(args: argparse.Namespace) -> dict:
   whole = Clock()
   cpu, wall = run()
   compile_s = first_pass - whole.read()[0]
+  memory = peak_memory()
   timed = sets[args.batch * args.warmup:]
   return {
       **rates("pairs" if args.what == "dpo" else "rows", len(timed), cpu, wall),
@@ -173,7 +174,7 @@ def run_steps(args: argparse.Namespace) -> dict:
       "compile_s": round(compile_s, 1),
       "shapes": max(f._cache_size() for f in job.functions
                     if hasattr(f, "_cache_size")),
-      "recompiles": compiled.count - before, **peak}
+      "recompiles": compiled.count - before, **memory}
 
 
 def run_generate(args: argparse.Namespace) -> dict:
