@@ -164,7 +164,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Token slots of one packed stream; holds a longest prompt and completion.
   data.stream_length = 512
   # Streams of one chunk, over all devices. A batch is cut into as many chunks
-  # of num_streams x stream_length as it needs.
+  # of num_streams x stream_length as it needs, and what is left into chunks of
+  # a half, a fourth or an eighth of that length (while multiples of 128).
   data.num_streams = 8
 
   # --- Objective --------------------------------------------------------------

@@ -177,6 +177,60 @@ def test_any_mixture_is_packed_whole(shapes, num_streams):
   check_whole(sets, order, slots, chunks)
 
 
+def lognormal_sets(rng, number, num_candidates):
+  """Prompts of 200 and completions of 231 tokens on average, 512 at most."""
+  draw = lambda mean, low, size: np.clip(np.round(rng.lognormal(
+      np.log(mean) - 0.7**2 / 2, 0.7, size)), low, 512).astype(int)
+  zeros = lambda n: np.zeros(n, np.int32)
+  return [
+      CandidateSet(
+          np.zeros(2, np.uint32), "p", zeros(p), list(map(zeros, cs)),
+          [np.ones(c, bool) for c in cs],
+          np.arange(num_candidates, dtype=np.uint32),
+          np.ones(num_candidates, np.int32), np.zeros(num_candidates), 0)
+      for p, cs in zip(draw(200, 8, number),
+                       draw(250, 4, (number, num_candidates)))]
+
+
+@pytest.mark.parametrize("batch, candidates, num_streams, most", [
+    (4, 2, 1, 0.15), (4, 9, 1, 0.15), (48, 2, 1, 0.05), (16, 17, 2, 0.05)])
+def test_few_shapes_hold_little_padding(batch, candidates, num_streams, most):
+  rng, shapes, pads = np.random.default_rng(batch), set(), []
+  for _ in range(20):
+    sets = lognormal_sets(rng, batch, candidates)
+    chunks, _, _ = pack(sets, num_streams=num_streams, stream_length=2048)
+    shapes |= {chunk.tokens.shape for chunk in chunks}
+    slots = sum(chunk.tokens.size for chunk in chunks)
+    pads.append((packing.pad_fraction(chunks) * slots, slots))
+  assert len(shapes) <= 4
+  padding, slots = np.sum(pads, axis=0)
+  assert padding / slots <= most
+
+
+def test_a_whole_set_stays_in_one_chunk_and_is_cut_only_if_it_must_be():
+  rng = np.random.default_rng(3)
+  sets = lognormal_sets(rng, 12, 5)
+  for whole in (True, False):
+    order = [list(range(5))] * 12
+    chunks = packing.pack_streams(
+        sets, order, order, num_streams=2, stream_length=2048, pad_id=0,
+        whole=whole)
+    homes = sum(np.isin(np.arange(12), chunk.prompt_slot) for chunk in chunks)
+    assert homes.min() == 1 and (homes.max() == 1) == whole
+  order = [list(range(40))]
+  chunks = packing.pack_streams(
+      lognormal_sets(rng, 1, 40), order, order, num_streams=2,
+      stream_length=2048, pad_id=0, whole=True)
+  assert len(chunks) > 1
+
+
+def test_chunks_of_several_lengths_hold_every_candidate():
+  sets = [make_set(i, num_candidates=6, prompt=9, longest=30) for i in range(7)]
+  chunks, order, slots = pack(sets, num_streams=1, stream_length=1024)
+  assert len({chunk.tokens.shape for chunk in chunks}) > 1
+  check_whole(sets, order, slots, chunks)
+
+
 def test_packing_is_tight_and_quick():
   sets = [make_set(i, num_candidates=8, prompt=20 + i, longest=60)
           for i in range(16)]

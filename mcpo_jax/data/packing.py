@@ -2,11 +2,14 @@
 
 A set's prompt stands once in a stream and its candidates after it; who sees
 whom is told by `prompt_slot`, `candidate_slot` and `positions` (types.Streams).
+A batch is cut into chunks of a few lengths, as few and as short as hold it.
 Sets are placed longest first; what is left of the streams is filled by sets
-that are spread over several streams of one chunk, each with the prompt again.
+that are spread over several of them, each with the prompt again.
 Pure NumPy; no work per token in Python.
 """
 
+import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -153,78 +156,105 @@ class _Group(NamedTuple):
   slots: list[int]
 
 
-def _spread(
-    prompt: int, slots: list[int], lengths: dict[int, int], room: list[int]
-) -> tuple[dict[int, list[int]], list[int]]:
-  """Spreads a set over the room of a chunk's streams, `room` is used up.
+class _Wanted(NamedTuple):
+  """What of a set is to be packed."""
 
-  Whole into the first stream where it fits; else longest candidate first, with
-  the prompt once in every stream that is used.
+  row: int
+  prompt: int  # tokens
+  lengths: dict[int, int]  # slot -> tokens
 
-  Returns:
-    (stream -> slots, slots that found no place).
+  @property
+  def total(self) -> int:
+    return self.prompt + sum(self.lengths.values())
+
+
+def chunk_lengths(stream_length: int) -> tuple[int, ...]:
+  """The stream lengths of a run's chunks, the longest first.
+
+  It is halved up to three times, as long as kernels that take 128 tokens at a
+  time can fill it.
   """
-  total = prompt + sum(lengths[k] for k in slots)
-  for s, free in enumerate(room):
-    if total <= free:
-      room[s] -= total
-      return {s: list(slots)}, []
-  parts: dict[int, list[int]] = {}
-  rest = []
-  for k in sorted(slots, key=lambda k: -lengths[k]):
-    s = next((s for s in parts if room[s] >= lengths[k]), -1)
-    if s < 0:
-      s = max((s for s in range(len(room)) if s not in parts),
-              key=room.__getitem__, default=-1)
-      if s < 0 or room[s] < prompt + lengths[k]:
-        rest.append(k)
-        continue
-      room[s] -= prompt
-      parts[s] = []
-    room[s] -= lengths[k]
-    parts[s].append(k)
-  return parts, rest
+  halves = [stream_length]
+  while len(halves) < 4 and halves[-1] % 256 == 0:
+    halves.append(halves[-1] // 2)
+  return tuple(halves)
 
 
-def _assign(
-    wanted: list[tuple[int, int, list[int], dict[int, int]]],
-    num_streams: int,
-    stream_length: int,
-) -> tuple[list[_Group], int]:
-  """Gives every candidate a stream.
+def _chunks_for(
+    tokens: int, num_streams: int, lengths: tuple[int, ...]
+) -> Iterator[list[int]]:
+  """Stream lengths of chunks that have room for `tokens`, in rising size: any
+  number of the longest, and up to two shorter ones."""
+  most = lengths[0] // lengths[-1]  # units of the shortest
+  units = -(-tokens // (num_streams * lengths[-1]))
+  while True:
+    full, rest = divmod(units, most)
+    shorter = [x for x in lengths[1:] if rest & x // lengths[-1]]
+    if len(shorter) <= 2:
+      yield [lengths[0]] * full + shorter
+    units += 1 + units // 64
+
+
+def _spread(
+    one: _Wanted, free: np.ndarray, streams: np.ndarray
+) -> dict[int, list[int]] | None:
+  """Spreads a set over some streams, with its prompt once in each it uses.
 
   Args:
-    wanted: (row, prompt length, slots, length of each slot) of every set.
-    num_streams, stream_length: of a chunk.
+    one: the set.
+    free: [streams of all chunks] tokens; what is used is taken off.
+    streams: indices of those that may be used.
 
   Returns:
-    (groups, number of chunks). A set lies in one chunk unless an empty chunk
-    cannot hold it.
+    stream -> slots; None if they cannot hold it, `free` is unchanged then.
   """
-  rooms: list[list[int]] = []
-  groups: list[_Group] = []
+  left = free[streams].tolist()
+  parts: dict[int, list[int]] = {}
+  for k in sorted(one.lengths, key=lambda k: -one.lengths[k]):
+    size = one.lengths[k]
+    s = next((s for s in parts if left[s] >= size), -1)
+    if s < 0:
+      s = max((s for s in range(len(left)) if s not in parts),
+              key=left.__getitem__, default=-1)
+      if s < 0 or left[s] < one.prompt + size:
+        return None
+      left[s] -= one.prompt
+      parts[s] = []
+    left[s] -= size
+    parts[s].append(k)
+  free[streams] = left
+  return {int(streams[s]): slots for s, slots in parts.items()}
 
-  def put(chunk, row, parts):
-    groups.extend(_Group(chunk, s, row, k) for s, k in parts.items())
 
-  for row, prompt, slots, lengths in sorted(
-      wanted, key=lambda w: (-w[1] - sum(w[3].values()), w[0])):
-    total = prompt + sum(lengths.values())
-    fits = sorted(range(len(rooms)), key=lambda c: max(rooms[c]) < total)
-    for chunk in fits:  # those that take it whole come first
-      room = list(rooms[chunk])
-      parts, rest = _spread(prompt, slots, lengths, room)
-      if not rest:
-        rooms[chunk] = room
-        put(chunk, row, parts)
-        break
+def _place(
+    wanted: list[_Wanted], chunks: list[int], num_streams: int, whole: bool
+) -> list[_Group] | None:
+  """Gives every candidate a stream of the chunks; None if one finds no place.
+
+  A set goes whole into the fullest stream that takes it, else into one chunk,
+  else over all chunks: with `whole` only if no empty chunk could hold it.
+  """
+  free = np.repeat(chunks, num_streams)
+  of_chunk = np.arange(len(free)).reshape(-1, num_streams)
+  groups = []
+  for one in wanted:
+    fits = np.where(free >= one.total, free, np.iinfo(free.dtype).max)
+    best = int(fits.argmin())
+    if free[best] >= one.total:
+      free[best] -= one.total
+      parts = {best: list(one.lengths)}
     else:
-      rest = slots
-      while rest:
-        rooms.append([stream_length] * num_streams)
-        parts, rest = _spread(prompt, rest, lengths, rooms[-1])
-        put(len(rooms) - 1, row, parts)
-  return groups, len(rooms)
+      where = [c for c in of_chunk if free[c].sum() >= one.total]
+      if not whole or _spread(
+          one, np.full(num_streams, chunks[0]), of_chunk[0]) is None:
+        where.append(of_chunk.reshape(-1))
+      tries = (_spread(one, free, streams) for streams in where)
+      parts = next((p for p in tries if p is not None), None)
+      if parts is None:
+        return None
+    groups += [_Group(*divmod(s, num_streams), one.row, slots)
+               for s, slots in parts.items()]
+  return groups
 
 
 def pack_streams(
@@ -235,15 +265,18 @@ def pack_streams(
     num_streams: int,
     stream_length: int,
     pad_id: int,
+    whole: bool = False,
 ) -> list[Streams]:
-  """Packs chosen slots of every set into chunks of one shape.
+  """Packs chosen slots of every set into chunks of few shapes.
 
   Args:
     sets: B sets.
     slots: for each set the slots (columns of the SetBatch) to pack.
     order: for each set the candidate index that stands in each slot.
-    num_streams, stream_length: S and T of every chunk.
+    num_streams: S of every chunk.
+    stream_length: the largest T of a chunk; see `chunk_lengths`.
     pad_id: token on padding; masks never depend on it.
+    whole: a set lies in one chunk unless an empty one cannot hold it.
 
   Returns:
     Chunks [S, T]; row b of `sets` is `prompt_slot` b.
@@ -265,52 +298,63 @@ def pack_streams(
           want=f"at most {stream_length}",
           hint="raise the stream length, or lower data.max_prompt_length or "
           "data.max_completion_length")
-    wanted.append((b, len(one.prompt), list(chosen), lengths))
-  groups, num_chunks = _assign(wanted, num_streams, stream_length)
+    wanted.append(_Wanted(b, len(one.prompt), lengths))
+  wanted.sort(key=lambda w: (-w.total, w.row))
+  total, few = sum(one.total for one in wanted), chunk_lengths(stream_length)
+  for chunks in _chunks_for(total, num_streams, few):
+    groups = _place(wanted, chunks, num_streams, whole)
+    if groups is not None:
+      break
 
+  # The chunks one behind the other: where each stream begins, and its length.
+  length_of = np.repeat(np.array(chunks, int), num_streams)
+  start_of = np.cumsum(length_of) - length_of
   pieces, masks, segments = [], [], []
-  used = np.zeros((num_chunks, num_streams), int)
+  used = start_of.copy()
   for group in groups:
     one = sets[group.row]
-    base = (group.chunk * num_streams + group.stream) * stream_length
-    start = base + int(used[group.chunk, group.stream])
-    size = len(one.prompt)
+    stream = group.chunk * num_streams + group.stream
+    start, size = int(used[stream]), len(one.prompt)
     pieces.append(one.prompt)
     masks.append(np.zeros(size, bool))
-    # row, slot, length, first place, first position, source of the first token
-    segments.append((group.row, -1, size, start, 0, start))
+    # row, slot, length, first place, first position, source of the first token,
+    # all places counted from the first stream's beginning; and the stream
+    segments.append((group.row, -1, size, start, 0, start, stream))
     place, source = start + size, start + size - 1
     for k in group.slots:
       tokens = one.completions[order[group.row][k]]
       pieces.append(tokens)
       masks.append(one.completion_masks[order[group.row][k]])
-      segments.append((group.row, k, len(tokens), place, size, source))
+      segments.append((group.row, k, len(tokens), place, size, source, stream))
       place += len(tokens)
-    used[group.chunk, group.stream] = place - base
+    used[stream] = place
 
-  shape = (num_chunks, num_streams, stream_length)
+  size = int(length_of.sum())
   out = Streams(
-      tokens=np.full(shape, pad_id, np.int32),
-      positions=np.zeros(shape, np.int32),
-      prompt_slot=np.full(shape, -1, np.int32),
-      candidate_slot=np.full(shape, -1, np.int32),
-      completion_mask=np.zeros(shape, bool),
-      source=np.zeros(shape, np.int32))
+      tokens=np.full(size, pad_id, np.int32),
+      positions=np.zeros(size, np.int32),
+      prompt_slot=np.full(size, -1, np.int32),
+      candidate_slot=np.full(size, -1, np.int32),
+      completion_mask=np.zeros(size, bool),
+      source=np.zeros(size, np.int32))
   if segments:
-    row, slot, length, first, position, source = np.array(segments).T
+    row, slot, length, first, position, source, stream = np.array(segments).T
     begin = np.cumsum(length) - length
     within = np.arange(length.sum()) - np.repeat(begin, length)
     where = np.repeat(first, length) + within
     previous = where - 1
     previous[begin[length > 0]] = source[length > 0]
-    flat = [field.reshape(-1) for field in out]
-    flat[0][where] = np.concatenate(pieces)
-    flat[1][where] = np.repeat(position, length) + within
-    flat[2][where] = np.repeat(row, length)
-    flat[3][where] = np.repeat(slot, length)
-    flat[4][where] = np.concatenate(masks)
-    flat[5][where] = previous % stream_length
-  return [Streams(*(field[c] for field in out)) for c in range(num_chunks)]
+    out.tokens[where] = np.concatenate(pieces)
+    out.positions[where] = np.repeat(position, length) + within
+    out.prompt_slot[where] = np.repeat(row, length)
+    out.candidate_slot[where] = np.repeat(slot, length)
+    out.completion_mask[where] = np.concatenate(masks)
+    out.source[where] = previous - np.repeat(start_of[stream], length)
+  ends = itertools.accumulate(num_streams * n for n in chunks)
+  return [
+      Streams(*(x[end - num_streams * n:end].reshape(num_streams, n)
+                for x in out))
+      for n, end in zip(chunks, ends)]
 
 
 def pad_fraction(chunks: list[Streams]) -> float:

@@ -26,18 +26,18 @@ class Model(NamedTuple):
   compute_dtype: Any
   remat: str
   num_streams: int  # of a chunk
-  stream_length: int
+  stream_length: int  # the longest; see `packing.chunk_lengths`
   pad_id: int
 
   @property
   def param_shardings(self) -> Any:
     return jax.tree.map(lambda x: x.sharding, self.param_shapes)
 
-  def pack(self, sets, slots, order) -> list[types.Streams]:
-    """Chunks of one shape; see `packing.pack_streams`."""
+  def pack(self, sets, slots, order, *, whole=False) -> list[types.Streams]:
+    """Chunks of few shapes; see `packing.pack_streams`."""
     return packing.pack_streams(
         sets, slots, order, num_streams=self.num_streams,
-        stream_length=self.stream_length, pad_id=self.pad_id)
+        stream_length=self.stream_length, pad_id=self.pad_id, whole=whole)
 
   def pack_all(self, batch: batch_lib.HostBatch) -> list[types.Streams]:
     """Chunks with every candidate of a batch."""

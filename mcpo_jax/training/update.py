@@ -50,14 +50,14 @@ def run_step(
   else:
     drawn, sets, info = functions.recall(state.draws, state.step, sets)
   slots = drawn_slots(drawn, batch, contrast=stage.entry.contrast)
-  chunks = model.pack(batch.sets, slots, batch.order)
+  known = values is not None and not stage.entry.terms
+  chunks = model.pack(batch.sets, slots, batch.order, whole=not known)
   inputs = step_lib.Inputs(sets, drawn, state.objective_state, state.step)
 
   faults.point("step.drawn")
   present = [np.isin(np.arange(len(batch.meta.role)), c.prompt_slot)
              for c in chunks]
   uncut = np.sum(present, axis=0).max(initial=0) <= 1
-  known = values is not None and not stage.entry.terms
   if not known and uncut and (stage.entry.separable or len(chunks) == 1):
     total = functions.zeros(
         state.params, model.no_features(batch, stage.entry.terms), inputs)
