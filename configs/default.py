@@ -34,6 +34,9 @@ def _optimizer() -> ml_collections.ConfigDict:
   # Of the first moment (adamw, sgd): "float32" or "bfloat16". Second moments
   # are float32: they move by too little at a time for bfloat16.
   optimizer.moment_dtype = "float32"
+  # Keep the optimizer's state in the host's memory; it comes to the devices
+  # for the update alone. Needs devices that reach that memory.
+  optimizer.offload = False
   return optimizer
 
 
@@ -115,8 +118,9 @@ def get_config() -> ml_collections.ConfigDict:
   model.param_dtype = "float32"
   # Of the matrix products; log-probs and losses are float32 either way.
   model.compute_dtype = "float32"
-  # Recompute in the backward pass: "none", "dots" (all but matrix products)
-  # or "full" (whole layers).
+  # Recompute in the backward pass: "none", "dots" (all but matrix products),
+  # "offload" (the same, products wait in the host's memory) or "full" (whole
+  # layers).
   model.remat = "none"
 
   # --- Data of the preference stage -------------------------------------------

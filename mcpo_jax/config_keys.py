@@ -39,6 +39,7 @@ _OPTIMIZER = {
     "eps": _POSITIVE,
     "max_grad_norm": _POSITIVE,
     "moment_dtype": _DTYPE,
+    "offload": _FLAG,
 }
 
 # Kernel keys that only some strategies read: default and range, readers.
@@ -90,7 +91,7 @@ KEYS: dict[str, Setting] = {
     "model.tie_embeddings": _FLAG,
     "model.param_dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
-    "model.remat": Setting(choices=("none", "dots", "full")),
+    "model.remat": Setting(choices=("none", "dots", "offload", "full")),
     "data.path": or_none(),
     "data.eval_path": or_none(),
     "data.eval_fraction": Setting(low=0.0, high=0.9),

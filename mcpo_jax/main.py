@@ -31,9 +31,11 @@ FLAGS = {
     "config": "a Python file with get_config()",
     "workdir": "where the run keeps its files; the same one resumes",
     "out": "folder to export to",
+    "profile": "train: a trace of a few updates in <workdir>/profile",
     "debug": "show tracebacks",
     "help": "this text",
 }
+SWITCHES = ("profile", "debug", "help")  # flags without a value
 
 
 class CommandLine(NamedTuple):
@@ -69,13 +71,13 @@ def parse(argv: list[str]) -> CommandLine:
     name, has_value, value = word.lstrip("-").partition("=")
     if name == "h":
       name = "help"
-    if name in ("debug", "help") and not has_value:
+    if name in SWITCHES and not has_value:
       flags[name] = "true"
       continue
     if name not in FLAGS and not name.startswith("config."):
       raise errors.ConfigError("cli.flag", "unknown flag", where=f"--{name}",
                                hint=errors.nearest(name, FLAGS))
-    if name in ("debug", "help"):
+    if name in SWITCHES:
       raise errors.ConfigError("cli.flag", "takes no value", where=f"--{name}",
                                got=value)
     if not has_value:
@@ -253,6 +255,9 @@ def run(argv: list[str]) -> None:
   if (command.verb == "export") != ("out" in command.flags):
     raise errors.ConfigError("cli.flag", "goes with the verb export",
                              where="--out", hint="export --out=DIR")
+  if "profile" in command.flags and command.verb != "train":
+    raise errors.ConfigError("cli.flag", "goes with the verb train",
+                             where="--profile")
   if command.verb == "compare":
     from mcpo_jax.compare import verb
 
@@ -282,7 +287,10 @@ def run(argv: list[str]) -> None:
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from mcpo_jax import verbs
 
-  if command.verb == "export":
+  if command.verb == "train":
+    verbs.train(config, pathlib.Path(workdir),
+                profile="profile" in command.flags)
+  elif command.verb == "export":
     verbs.export(config, pathlib.Path(workdir),
                  pathlib.Path(command.flags["out"]))
   else:

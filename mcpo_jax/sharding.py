@@ -19,6 +19,7 @@ from mcpo_jax import errors
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+HOST_MEMORY = "pinned_host"  # JAX's name of the memory kind
 
 Rules = Sequence[tuple[str, PartitionSpec]]
 
@@ -163,6 +164,41 @@ def optimizer_shardings(
       params,
       shardings,
       transform_non_params=lambda _: whole,
+  )
+
+
+def check_host_memory(mesh: Mesh, where: str) -> None:
+  """Refuses what is to lie in the hosts' memory where devices do not reach it.
+
+  Args:
+    mesh: from make_mesh.
+    where: the setting that asks for it.
+
+  Raises:
+    ResourceError: device.
+  """
+  device = mesh.local_devices[0]
+  kinds = [memory.kind for memory in device.addressable_memories()]
+  if HOST_MEMORY not in kinds:
+    raise errors.ResourceError(
+        "device",
+        "these devices cannot keep arrays in the memory of their host",
+        where=where,
+        got=f"{device.device_kind} with {', '.join(kinds)}",
+        want=HOST_MEMORY,
+        hint="model.remat=full and optimizer.name=adafactor save memory too",
+    )
+
+
+def on_host(shapes: Any) -> Any:
+  """ShapeDtypeStructs in the memory of their devices' hosts; scalars stay."""
+  return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+          x.shape, x.dtype, sharding=x.sharding.with_memory_kind(HOST_MEMORY)
+      )
+      if x.shape
+      else x,
+      shapes,
   )
 
 

@@ -20,11 +20,13 @@ from mcpo_jax.stages import sft as sft_stage
 from mcpo_jax.training import metrics, setup
 
 
-def train(config: dict[str, Any], workdir: pathlib.Path) -> None:
+def train(
+    config: dict[str, Any], workdir: pathlib.Path, *, profile: bool = False
+) -> None:
   """Runs the stages of a config; each goes on from where it stopped."""
   setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
-  run = setup.open_run(config, workdir)
+  run = setup.open_run(config, workdir, profile=profile)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
   stages = {"sft": sft_stage.run_sft,

@@ -12,7 +12,8 @@ def unbroken(tmp_path_factory):
   """A whole run, the flags of its data, and its metrics."""
   folder = tmp_path_factory.mktemp("a run with blanks")
   flags = run_cases.write_data(folder / "data")
-  done = run_cases.run("train", folder / "run", folder / "cache", *flags)
+  done = run_cases.run(
+      "train", folder / "run", folder / "cache", *flags, "--profile")
   assert done.returncode == 0, done.stderr[-3000:]
   return folder, flags
 
@@ -20,6 +21,19 @@ def unbroken(tmp_path_factory):
 def rows(folder, stage):
   return {r["step"]: r["loss"] for r in run_cases.metrics(folder)
           if r["stage"] == stage and "loss" in r}
+
+
+def test_the_run_tells_how_fast_it_was(unbroken):
+  folder, _ = unbroken
+  for stage in ("sft", "preference"):
+    own = [r for r in run_cases.metrics(folder / "run")
+           if r["stage"] == stage and "loss" in r]
+    counts = [r["perf/compiles"] for r in own]
+    assert 0 < counts[0] == counts[-1]  # all programs in the first update
+    assert all(r["perf/flops_per_sec"] > 0 for r in own)
+    assert "perf/mfu" not in own[0]  # nobody knows the peak of a CPU
+  traces = list((folder / "run" / "profile").rglob("*.xplane.pb"))
+  assert len(traces) == 2
 
 
 # sft has 5 accumulations (one a step), then the preference stage goes on.

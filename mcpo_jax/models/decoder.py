@@ -33,6 +33,13 @@ REMAT = {
         prevent_cse=False,
         policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     ),
+    "offload": lambda body: jax.checkpoint(
+        body,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+            "device", sharding.HOST_MEMORY
+        ),
+    ),
     "full": lambda body: jax.checkpoint(body, prevent_cse=False),
 }
 
@@ -56,7 +63,8 @@ def hidden_states(
     streams: [S, T] each.
     compute_dtype: of products and activations; norms and softmax are computed
       in float32 at least.
-    remat: "none", "dots" (keep products) or "full" (keep each layer's input).
+    remat: "none", "dots" (keep products), "offload" (keep them in the hosts'
+      memory) or "full" (keep each layer's input).
 
   Returns:
     [S, T, D] in compute_dtype; finite, of no meaning, on padding.

@@ -59,7 +59,7 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         run, stage, model, start, *stores["eval"], options, compared["eval"])
   params, step = loop.train(
       stage, model, make_batch, start, folder, writer,
-      setup.schedule_of(config),
+      setup.schedule_of(run),
       meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "start": hf.params_sha256(start()),
             "objective": stage.objective,

@@ -79,7 +79,7 @@ def run_reward_model(
   ] if len(held) else [], stage.seed)
   params, step = loop.train(
       stage, model, lambda step: marked(make_batch(step)), start, folder,
-      writer, setup.schedule_of(config)._replace(estimate_every=None),
+      writer, setup.schedule_of(run)._replace(estimate_every=None),
       meta={"stage": "reward_model", "data": data.key,
             "model": str(model.config), "start": hf.params_sha256(start())},
       evaluate=evaluate and (lambda functions, state: {

@@ -44,7 +44,7 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         num_slots=data.max_candidates, preferred="best", top_k=None)
     params, _ = loop.train(
         stage, model, make_batch, start, folder, writer,
-        setup.schedule_of(config)._replace(estimate_every=None),
+        setup.schedule_of(run)._replace(estimate_every=None),
         meta={"stage": "sft", "key": key})
     results.save_model(run, target, params, model)
     commit.write_folder(

@@ -5,7 +5,6 @@ Read `train` from top to bottom; `update.run_step` is one update.
 
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from mcpo_jax import checkpoints, errors, faults, registry, types
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import estimator, update
+from mcpo_jax.training import estimator, performance, update
 from mcpo_jax.training import metrics as metrics_lib
 from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import step as step_lib
@@ -41,6 +40,7 @@ class Schedule(NamedTuple):
   keep_best: bool
   estimate_every: int | None = None  # `estimator.compare_gradients`
   show_every: int = 1
+  profile: pathlib.Path | None = None  # folder of a trace of some updates
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -149,12 +149,14 @@ def train(
     NonFiniteError, CheckpointError.
   """
   functions = make_functions(stage, model, reference.config)
+  meter = performance.Meter(functions, model.mesh, when.profile)
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
   try:
     return _train(stage, model, make_batch, start, folder, writer, when,
-                  functions, keeper, meta, reference, evaluate, expect_start,
-                  rounds, show)
+                  functions, keeper, meter, meta, reference, evaluate,
+                  expect_start, rounds, show)
   finally:
+    meter.close()
     if rounds is not None:
       rounds.close()
     keeper.close()  # also commits a save that was under way at an error
@@ -162,7 +164,7 @@ def train(
 
 def _train(
     stage, model, make_batch, start, folder, writer, when, functions, keeper,
-    meta, reference, evaluate, expect_start, rounds, show,
+    meter, meta, reference, evaluate, expect_start, rounds, show,
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
@@ -185,7 +187,7 @@ def _train(
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
              unit="step", disable=not sys.stderr.isatty())
-  clock, tokens = time.perf_counter(), 0
+  meter.restart()
   stop = step >= stage.num_steps or _patience_over(best, when)
   while not stop:
     if rounds is not None:
@@ -200,16 +202,17 @@ def _train(
     if when.estimate_every and step % when.estimate_every == 0:
       writer.write(stage.name, step, estimator.compare_gradients(
           stage, model, functions, state, batch, reference))
-    state, metrics = update.run_step(
-        stage, model, functions, state, batch, reference)
-    metrics = jax.device_get(metrics)
+    with meter.step(step):
+      state, metrics = update.run_step(
+          stage, model, functions, state, batch, reference)
+      metrics = jax.device_get(metrics)
     keeper.poll()
     check_finite(metrics, batch, step)
     if step == 0 and expect_start:
       check_softmax_start(
           float(metrics["loss"]), stage, batch, model.compute_dtype)
     step += 1
-    tokens += int(metrics.pop("tokens"))
+    meter.add(tokens=metrics.pop("tokens"), flops=metrics.pop("flops"))
     faults.point("step.after")
     if step % when.show_every == 0 or step == 1:
       show(step, batch, metrics)
@@ -217,14 +220,12 @@ def _train(
     if step % when.log_every == 0 or step == stage.num_steps or step == 1:
       row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
       del row["finite"]
-      row["perf/tokens_per_sec"] = tokens / (time.perf_counter() - clock)
-      row["epoch"] = float(batch.meta.visit.max())
+      row |= meter.row() | {"epoch": float(batch.meta.visit.max())}
       writer.write(stage.name, step, row)
       if bar.disable:
         logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
                      metrics_lib.one_line(row))
       bar.set_postfix_str(metrics_lib.one_line(row))
-      clock, tokens = time.perf_counter(), 0
     bar.update()
 
     last = step == stage.num_steps
@@ -237,7 +238,7 @@ def _train(
       better = values["eval/accuracy"] > best["accuracy"]
       best = ({"accuracy": values["eval/accuracy"], "step": step, "waited": 0}
               if better else best | {"waited": best["waited"] + 1})
-      clock, tokens = time.perf_counter(), 0
+      meter.restart()
     stop = last or _patience_over(best, when)
     if step % when.save_every == 0 or stop or (better and when.keep_best):
       if rounds is not None:

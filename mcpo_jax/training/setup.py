@@ -55,6 +55,7 @@ class Run(NamedTuple):
   tokenizer: tokenizer_lib.Tokenizer
   # Of online rounds, None: the mesh samples too.
   sampler_mesh: jax.sharding.Mesh | None = None
+  profile: bool = False  # whether stages write a trace
 
 
 def digest(value: Any) -> str:
@@ -63,7 +64,9 @@ def digest(value: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
-def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
+def open_run(
+    config: dict[str, Any], workdir: pathlib.Path, *, profile: bool = False
+) -> Run:
   """Claims the workdir, then makes mesh and tokenizer.
 
   Raises:
@@ -74,8 +77,14 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
       config["cache_dir"] or os.environ.get("MCPO_CACHE")
       or pathlib.Path.home() / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
+  keep_programs(cache)
   check_devices()
   mesh, sampler_mesh = open_meshes(config)
+  if config["model"]["remat"] == "offload":
+    sharding.check_host_memory(mesh, "model.remat")
+  if any(group["optimizer"]["offload"]
+         for group in (config, config["sft"], config["reward_model"])):
+    sharding.check_host_memory(mesh, "optimizer.offload")
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
   if config["data"]["num_streams"] % parts:
     raise errors.ConfigError(
@@ -89,7 +98,14 @@ def open_run(config: dict[str, Any], workdir: pathlib.Path) -> Run:
         workdir, config["model"]["path"], config["model"]["revision"])
   store_config(config, workdir)
   return Run(config, workdir, cache, mesh, model_dir,
-             open_tokenizer(config, workdir, model_dir), sampler_mesh)
+             open_tokenizer(config, workdir, model_dir), sampler_mesh, profile)
+
+
+def keep_programs(cache: pathlib.Path) -> None:
+  """Has compiled programs kept in the cache for later runs, unless the user's
+  environment names a place for them (JAX_COMPILATION_CACHE_DIR) already."""
+  if jax.config.jax_compilation_cache_dir is None:
+    jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
 
 
 def open_meshes(
@@ -400,8 +416,9 @@ def open_model(
   return model, start
 
 
-def schedule_of(config: dict[str, Any]) -> loop.Schedule:
+def schedule_of(run: Run) -> loop.Schedule:
   """When to log, save and evaluate."""
+  config = run.config
   checkpoint, evaluation = config["checkpoint"], config["evaluation"]
   return loop.Schedule(
       log_every=config["log"]["every_steps"],
@@ -409,7 +426,8 @@ def schedule_of(config: dict[str, Any]) -> loop.Schedule:
       evaluate_every=evaluation["every_steps"],
       patience=evaluation["patience"], keep_best=checkpoint["keep_best"],
       estimate_every=evaluation["estimator_every_steps"],
-      show_every=config["log"]["candidates_every_steps"])
+      show_every=config["log"]["candidates_every_steps"],
+      profile=run.workdir / "profile" if run.profile else None)
 
 
 def stage_of(

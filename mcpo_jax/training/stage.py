@@ -173,6 +173,7 @@ def make_functions(
       schedule=options.pop("schedule"),
       learning_rate=options.pop("learning_rate"),
       warmup_ratio=options.pop("warmup_ratio"), num_steps=stage.num_steps)
+  offload = options.pop("offload", False)
   tx = optimizer_lib.make_optimizer(schedule=schedule, **options)
   if any(jnp.finfo(x.dtype).bits < 32
          for x in jax.tree.leaves(model.param_shapes)):
@@ -195,7 +196,7 @@ def make_functions(
       batch_size=stage.batch_size, num_examples=stage.num_examples,
       num_slots=stage.num_slots, beta=first_setting(stage, "beta", 1.0),
       param_shapes=model.param_shapes, moving=stage.moving,
-      replicated=sharding.replicated(model.mesh))
+      replicated=sharding.replicated(model.mesh), offload=offload)
 
 
 def first_setting(stage: Stage, name: str, default: Any) -> Any:

@@ -226,6 +226,7 @@ def make_step_functions(
     param_shapes: types.Params,
     moving: bool,
     replicated: jax.sharding.Sharding,
+    offload: bool = False,
 ) -> StepFunctions:
   """Builds the jitted functions of one training run.
 
@@ -248,6 +249,8 @@ def make_step_functions(
     param_shapes: tree of ShapeDtypeStruct with shardings, of the policy.
     moving: whether the state carries moving weights, at first the policy's.
     replicated: sharding of everything that has no token axis.
+    offload: keep the optimizer's state in the hosts' memory; it comes to the
+      devices for `update` alone, when no activations are there.
   """
   whole = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
   on_all = lambda tree: jax.tree.map(
@@ -278,13 +281,14 @@ def make_step_functions(
   if objective.init_params is not None:
     param_shapes = param_shapes | {
         "objective": on_all(jax.eval_shape(objective.init_params))}
+  opt_shapes = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      jax.eval_shape(tx.init, param_shapes),
+      sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes)))
   state_shapes = TrainState(
       step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated),
       params=param_shapes,
-      opt_state=jax.tree.map(
-          lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-          jax.eval_shape(tx.init, param_shapes),
-          sharding.optimizer_shardings(tx, param_shapes, whole(param_shapes))),
+      opt_state=sharding.on_host(opt_shapes) if offload else opt_shapes,
       objective_state=on_all(jax.eval_shape(objective.init_state)),
       draws=draws,
       memory=memory,
@@ -443,6 +447,9 @@ def make_step_functions(
     return total._replace(grads=grads)
 
   def update(state, total, inputs, memory):
+    if offload:
+      state = state._replace(
+          opt_state=jax.device_put(state.opt_state, whole(opt_shapes)))
     updates, opt_state = tx.update(total.grads, state.opt_state, state.params)
     norm = optax.tree.norm(total.grads)
     loss = jnp.sum(total.loss) / denominator(inputs.sets)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from mcpo_jax import faults, types
 from mcpo_jax.data import packing
+from mcpo_jax.models import flops
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import step as step_lib
 from mcpo_jax.training.stage import Model, Reference, Stage
@@ -88,7 +89,25 @@ def run_step(
   return state, metrics | info | {
       "kernel/selected": drawn.selected,
       "kernel/selected_mask": drawn.selected_mask,
+      "flops": step_flops(model, batch, slots, scored=bool(pool)),
       "tokens": used, "perf/pad_fraction": packing.pad_fraction(pool + chunks)}
+
+
+def step_flops(
+    model: Model,
+    batch: batch_lib.HostBatch,
+    slots: list[np.ndarray],
+    *,
+    scored: bool,
+) -> float:
+  """FLOPs that one update needs: a forward pass of the pool if it is scored,
+  three of what is trained on."""
+  forward = lambda slots: flops.pass_flops(
+      model.config, batch.sets,
+      [np.asarray(order, int)[picked]
+       for order, picked in zip(batch.order, slots)])
+  pool = [np.arange(len(order)) for order in batch.order]
+  return 3 * forward(slots) + (forward(pool) if scored else 0.0)
 
 
 def draw_window(

@@ -1,0 +1,102 @@
+"""Rates by hand, compilations counted, a warning when a shape changes."""
+
+import contextlib
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import training_cases as cases
+
+from mcpo_jax import devices
+from mcpo_jax.models import flops
+from mcpo_jax.training import performance, setup, update
+from mcpo_jax.training import stage as stage_lib
+
+
+def make_batch(step, num_slots=8):
+  rng = np.random.default_rng(step)
+  return cases.host_batch(
+      [cases.candidate_set(rng, i, 2 + (i + step) % 6) for i in range(5)],
+      num_slots)
+
+
+REFERENCE = stage_lib.Reference(
+    lambda batch: np.zeros(batch.meta.role.shape, np.float32))
+
+
+def test_changing_batches_compile_once_and_another_shape_is_told(caplog):
+  model = cases.make_model(num_streams=2)
+  stage = cases.stage("dpo", strategy="random", score=None, temperature=None)
+  functions = stage_lib.make_functions(stage, model)
+  state = functions.init(cases.init(model))
+  with contextlib.closing(
+      performance.Meter(functions, model.mesh)) as meter:
+    for step in range(performance.WARM_UP + 3):
+      # The last batch has one more slot.
+      slots = 9 if step == performance.WARM_UP + 2 else 8
+      with meter.step(step):
+        state, _ = update.run_step(
+            stage, model, functions, state, make_batch(step, slots), REFERENCE)
+      if step in (0, performance.WARM_UP + 1):
+        row = meter.row()
+        assert row["perf/compiles"] == 4
+        assert row["perf/compile_seconds"] > 0
+        assert not [r for r in caplog.records if "again" in r.message]
+    assert meter.row()["perf/compiles"] == 8
+  told = [r.getMessage() for r in caplog.records if "again" in r.getMessage()]
+  assert {x.split(" was ")[0] for x in told} == {
+      f"step {step}: {name}" for name in (
+          "draw", "zeros", "from_loss", "update")}
+
+
+def test_nobody_listens_after_the_end():
+  meter = performance.Meter(stage_lib.make_functions(
+      cases.stage(), cases.make_model()), cases.make_model().mesh)
+  meter.close()
+
+  @jax.jit
+  def update(x):
+    return x + 1
+
+  update(jnp.ones(3))
+  assert meter.row()["perf/compiles"] == 0
+
+
+def test_rates_are_per_second_and_the_share_is_of_all_devices(monkeypatch):
+  mesh = cases.make_model(devices=4).mesh
+  monkeypatch.setattr(devices, "find", lambda kind: devices.DEVICES["v5e"])
+  clock = iter([10.0, 12.0, 12.5, 13.0])
+  monkeypatch.setattr(performance.time, "perf_counter", lambda: next(clock))
+  with contextlib.closing(performance.Meter((), mesh)) as meter:
+    meter.add(tokens=30, flops=4e14)
+    meter.add(tokens=10, flops=1e14)
+    row = meter.row()  # 2 seconds later
+  assert row["perf/tokens_per_sec"] == 20
+  assert row["perf/flops_per_sec"] == 2.5e14
+  np.testing.assert_allclose(row["perf/mfu"], 2.5e14 / (4 * 197e12))
+
+
+def test_a_step_needs_one_pass_of_what_is_scored_and_three_of_what_is_trained():
+  model, batch = cases.make_model(), make_batch(3)
+  count = lambda chosen: flops.pass_flops(model.config, batch.sets, chosen)
+  pool = [np.array(order) for order in batch.order]
+  drawn = [[0, 1], [], [0], [0, 1], [1]]
+  trained = [order[slots] for order, slots in zip(pool, drawn)]
+  got = [update.step_flops(model, batch, drawn, scored=scored)
+         for scored in (False, True)]
+  np.testing.assert_allclose(
+      got, [3 * count(trained), 3 * count(trained) + count(pool)])
+  assert count(trained) < count(pool)
+
+
+@pytest.mark.parametrize("own", [None, "/tmp/of_the_user"])
+def test_programs_are_kept_where_the_user_says_or_in_the_cache(own):
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    jax.config.update("jax_compilation_cache_dir", own)
+    setup.keep_programs(pathlib.Path("/cache"))
+    assert jax.config.jax_compilation_cache_dir == (own or "/cache/programs")
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
