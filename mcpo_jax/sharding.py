@@ -19,6 +19,7 @@ from mcpo_jax import errors
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
+STREAM_SPEC = PartitionSpec(("data", "fsdp"), "context")
 HOST_MEMORY = "pinned_host"  # JAX's name of the memory kind
 
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -203,8 +204,18 @@ def on_host(shapes: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """Streams: axis 0 (S) over "data" and "fsdp"."""
+  """Axis 0 over "data" and "fsdp"."""
   return NamedSharding(mesh, BATCH_SPEC)
+
+
+def stream_sharding(mesh: Mesh) -> NamedSharding:
+  """Streams: axis 0 (S) over "data" and "fsdp", axis 1 (T) over "context"."""
+  return NamedSharding(mesh, STREAM_SPEC)
+
+
+def axis_size(name: str) -> int:
+  """The size of an axis of the mesh in context; 1 without a mesh."""
+  return jax.sharding.get_abstract_mesh().shape.get(name, 1)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

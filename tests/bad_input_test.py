@@ -385,6 +385,9 @@ CONFIGS = [
         "data.eval_path=a.jsonl*nan", "sft.data_path=a.jsonl,,b.jsonl")),
     _config("C5", _three_streams_on_eight_devices, "config.divisible",
             "data.num_streams"),
+    _config("C5 tokens", lambda folder: lambda: setup.open_run(
+        _resolved(folder, "mesh.context=8", "data.stream_length=576"),
+        folder.parent / "run"), "config.divisible", "data.stream_length"),
     _config("C6 zero", _set("mesh.data=0"), "config.mesh", "mesh"),
     _config("C6 two", _set("mesh.fsdp=-1"), "config.mesh", "mesh"),
     _config("C6 devices", lambda folder: lambda: sharding.make_mesh(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax import sharding
-from mcpo_jax.models import attention, decoder, scoring
+from mcpo_jax.models import attention, decoder, scoring, spans
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Streams
 
@@ -288,7 +288,7 @@ def test_attention_sees_what_the_rule_says():
   for column in streams:  # the third set moves in behind the second
     column[1, 130:205] = column[2, :75]
   streams = Streams(*(column[:2] for column in streams))
-  slots = attention.Slots(
+  slots = spans.Slots(
       streams.positions, streams.prompt_slot, streams.candidate_slot
   )
   q = rng.normal(size=(2, 230, 4, 6)).astype(np.float32)
@@ -313,7 +313,9 @@ def test_attention_sees_what_the_rule_says():
   real = streams.prompt_slot >= 0
 
   def attend(q, k, v):
-    within = attention.stream_attention(slots, scale=0.4, softcap=2.0)
+    within = attention.stream_attention(
+        slots, scale=0.4, softcap=2.0, windows=(window,)
+    )
     return within(q, k, v, jnp.int32(window))
 
   got = jax.jit(attend)(q, k, v)

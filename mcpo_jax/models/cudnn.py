@@ -14,14 +14,13 @@ public interface: its primitives are called as they are.
 """
 
 import functools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
-if TYPE_CHECKING:
-  from mcpo_jax.models import attention
+from mcpo_jax.models.spans import Slots
 
 RUN_LENGTH = 128  # tokens of a run, on average at least
 NAME = "__cudnn$fmha"  # part of the kernel's name in a compiled program
@@ -41,16 +40,14 @@ def num_segments(length: int) -> int:
   return max(8, length // RUN_LENGTH)
 
 
-def segments(
-    slots: "attention.Slots",
-) -> tuple[Segments, Segments, jax.Array]:
+def segments(slots: Slots) -> tuple[Segments, Segments, jax.Array]:
   """The runs of each stream, and the candidates of each prompt.
 
   Args:
     slots: [S, T] each.
 
   Returns:
-    own, prompt, and whether all streams' runs are among them: [] bool.
+    own, prompt, and [S] bool, whether all of a stream's runs are among them.
   """
   length = slots.prompt.shape[1]
   number = num_segments(length)
@@ -73,7 +70,7 @@ def segments(
   size = end - begin
   own = Segments(*keep(there, begin, size, begin, size))
   prompt = Segments(*keep(shared, end, end_of_set - end, begin, size))
-  return own, prompt, (new.sum(1) <= number).all()
+  return own, prompt, new.sum(1) <= number
 
 
 def attend(

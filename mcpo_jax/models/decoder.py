@@ -10,6 +10,7 @@ width, L layers; of a cache G groups of W slots, C own tokens of each, and in
 each of F parts Q pages of PAGE tokens of prompts.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcpo_jax import sharding
-from mcpo_jax.models import attention, parameters, rope
+from mcpo_jax.models import attention, parameters, rope, spans
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params, Streams
 
@@ -100,14 +101,14 @@ def probed_states(
   Returns:
     [S, T, D] as hidden_states, and what the probe gave, stacked over layers.
   """
-  slots = attention.Slots(
+  slots = spans.Slots(
       streams.positions, streams.prompt_slot, streams.candidate_slot
   )
   x = _embed(params, config, streams.tokens, compute_dtype)
   attend = _stream_attention(config, slots, keep=False)
   x, _, _, probed = _run_layers(
       params, config, x, streams.positions, attend, (), remat,
-      probe, probe_weights,
+      probe, probe_weights, spec=sharding.STREAM_SPEC,
   )
   return x, probed
 
@@ -137,7 +138,10 @@ def _embed(params, config, tokens, dtype):
 def _stream_attention(config, slots, *, keep):
   """Attention within streams; keep hands the keys and values back."""
   within = attention.stream_attention(
-      slots, scale=config.attention_scale, softcap=config.attention_softcap
+      slots,
+      scale=config.attention_scale,
+      softcap=config.attention_softcap,
+      windows=config.windows,
   )
 
   def attend(q, k, v, window, index, state):
@@ -160,6 +164,7 @@ def _run_layers(
     remat: str,
     probe: Callable = _unseen,
     probe_weights: Any = None,
+    spec: jax.sharding.PartitionSpec = sharding.BATCH_SPEC,
 ) -> tuple[jax.Array, Any, Any, Any]:
   """All layers and the final norm.
 
@@ -173,6 +178,7 @@ def _run_layers(
     state: what attend carries from layer to layer.
     remat: a key of REMAT.
     probe, probe_weights: see probed_states.
+    spec: over which mesh axes the tokens of x are split.
 
   Returns:
     hidden states [..., D], the last state, and what attend and the probe gave,
@@ -190,24 +196,26 @@ def _run_layers(
       probe_weights,
   )
 
+  pin = functools.partial(_pin, spec=spec)
+
   def body(carry, layer):
     x, state = carry
     weights, index, window, base, of_probe = layer
-    x = _pin(x)
+    x = pin(x)
     cos, sin = (
         jax.lax.dynamic_index_in_dim(table, base, keepdims=False)
         for table in tables
     )
-    h = _pin(_norm(x, weights["attention_norm"], config))
+    h = pin(_norm(x, weights["attention_norm"], config))
     q, k, v = _project_heads(weights["attention"], config, h, cos, sin)
     h, state, kept = attend(q, k, v, window, index, state)
     h = h.reshape(*h.shape[:-2], -1)
-    h = _pin(_linear(h, weights["attention"]["o_proj"]))
+    h = pin(_linear(h, weights["attention"]["o_proj"]))
     if config.post_norms:
       h = _norm(h, weights["post_attention_norm"], config)
     x = x + h
-    h = _pin(_norm(x, weights["mlp_norm"], config))
-    h = _pin(_mlp(h, weights["mlp"], config))
+    h = pin(_norm(x, weights["mlp_norm"], config))
+    h = pin(_mlp(h, weights["mlp"], config))
     if config.post_norms:
       h = _norm(h, weights["post_mlp_norm"], config)
     x = x + h
@@ -223,18 +231,18 @@ def _run_layers(
     (x, state), (kept, probed) = jax.lax.scan(
         REMAT[remat](body), (x, state), scanned
     )
-  return _pin(_norm(x, params["final_norm"], config)), state, kept, probed
+  return pin(_norm(x, params["final_norm"], config)), state, kept, probed
 
 
-def _pin(x):
-  """Splits x [..., D], and its gradient, over the batch axes alone.
+def _pin(x, spec):
+  """Splits x [..., D], and its gradient, as spec says and not over D.
 
   It stands on the D side of every projection. Left to itself, XLA may split D
   over "tensor" too; a product of fewer rows than columns, whose weights are
   split over "tensor" and "fsdp", then has its rows in the wrong order on a
   mesh where all three axes are larger than 1 (jax 0.10.2).
   """
-  return sharding.constrain(x, *sharding.BATCH_SPEC)
+  return sharding.constrain(x, *spec)
 
 
 def _project_heads(weights, config, h, cos, sin):
@@ -406,7 +414,7 @@ def prefill(
   """
   parts, width = tokens.shape
   positions = jnp.broadcast_to(jnp.arange(width)[None], (parts, width))
-  slots = attention.Slots(
+  slots = spans.Slots(
       positions=positions,
       prompt=jnp.where(positions < lengths[:, None], 0, -1),
       candidate=jnp.full((parts, width), -1),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mcpo_jax import sharding
 from mcpo_jax.models import decoder
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Array, Features, Params, SetBatch, Streams
@@ -199,7 +200,6 @@ def token_values(
       confidence or objective_params is missing.
   """
   _check_terms(terms, reference, confidence, objective_params)
-  num_streams, length = streams.tokens.shape
   how = dict(compute_dtype=compute_dtype, remat=remat)
   if hidden is None:
     hidden = decoder.hidden_states(params, config, streams, **how)
@@ -214,11 +214,11 @@ def token_values(
         objective_params if set(terms) & set(MASK_TERMS) else None,
         **how,
     )
-  wanted = streams.completion_mask
+  tokens, wanted = _parts(streams.tokens), _parts(streams.completion_mask)
   order = jnp.argsort(~wanted, axis=1)  # stable: scored tokens first, in order
   take = lambda x: jnp.take_along_axis(x, order, axis=1)
-  source = take(streams.source)[..., None]
-  take_states = lambda x: jnp.take_along_axis(x, source, axis=1)
+  num_streams, length = tokens.shape
+  take_states = _sources(streams, take)
 
   width = min(length, max(1, head_chunk // num_streams))
   chunks = -(-length // width)
@@ -250,15 +250,62 @@ def token_values(
   zeros = jnp.zeros((num_streams, width), dtype)
   zeros = {name: zeros for name in ("logps", *terms)}
   states = jax.tree.map(take_states, (hidden, ref_hidden, masks))
-  chunks_of = (take(streams.tokens), take(wanted), *states)
+  chunks_of = (take(tokens), take(wanted), *states)
   out = jax.lax.map(score, jax.tree.map(cut, chunks_of))
   back = jnp.argsort(order, axis=1)
 
   def join(x):  # [chunks, S, width] -> [S, T]
     x = jnp.moveaxis(x, 0, 1).reshape(num_streams, -1)[:, :length]
-    return jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
+    x = jnp.where(wanted, jnp.take_along_axis(x, back, axis=1), 0.0)
+    return x.reshape(streams.tokens.shape)
 
   return jax.tree.map(join, out)
+
+
+def _parts(x):
+  """[S, T, ...] to [S * parts, T / parts, ...]: a stream's tokens by the part
+  of the mesh axis "context" that has them."""
+  parts = sharding.axis_size("context")
+  x = x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
+  return sharding.constrain(x, (*sharding.BATCH_SPEC[0], "context"))
+
+
+def _sources(streams, reorder=lambda x: x):
+  """A function that reads [S, T, ...] at each token's source, in `_parts`.
+
+  Hardly a source lies in another part than its token: that of a part's first
+  token, one before it, and the last token of the one prompt whose candidates
+  go on from an earlier part. These two rows of each part are looked up, and no
+  states are gathered.
+  """
+  parts = sharding.axis_size("context")
+  source = _parts(streams.source)
+  if parts == 1:
+    index = reorder(source)[..., None]
+    return lambda x: jnp.take_along_axis(x, index, axis=1)
+  num_streams, length = streams.source.shape
+  size = length // parts
+  start = jnp.tile(size * jnp.arange(parts), num_streams)[:, None]
+  earliest = jnp.min(
+      source, axis=1, where=_parts(streams.completion_mask), initial=length - 1,
+      keepdims=True,
+  )
+  rows = jnp.concatenate([jnp.maximum(start - 1, 0), earliest], axis=1)
+  rows = rows.reshape(num_streams, -1)
+  index = source - start
+  index = jnp.where(index == -1, size, jnp.where(index < 0, size + 1, index))
+  index = reorder(index)
+
+  def read(x):
+    more = (1,) * (x.ndim - 2)
+    far = jnp.take_along_axis(x, rows.reshape(*rows.shape, *more), axis=1)
+    far = far.reshape(num_streams * parts, 2, *x.shape[2:])
+    return jnp.take_along_axis(
+        jnp.concatenate([_parts(x), far], axis=1),
+        index.reshape(*index.shape, *more), axis=1, mode="clip",
+    )
+
+  return read
 
 
 def _check_terms(terms, reference, confidence, objective_params):
@@ -499,7 +546,7 @@ def held_out_values(
 
 
 def _hidden_sums(hidden, streams, sets):
-  hidden = jnp.take_along_axis(hidden, streams.source[..., None], axis=1)
+  hidden = _sources(streams)(hidden).reshape(hidden.shape)
   hidden = hidden.astype(jnp.promote_types(hidden.dtype, jnp.float32))
   hidden = jnp.where(streams.completion_mask[..., None], hidden, 0.0)
   return _sum_by_candidate(hidden, streams, *sets.role.shape)

@@ -6,13 +6,18 @@ run (the prompt of a prompt token, the completion of any other), which ends
 with the token itself, and one of the prompt before its completion.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-  from mcpo_jax.models import attention
+
+class Slots(NamedTuple):
+  """Where each token of a stream belongs; the fields of types.Streams."""
+
+  positions: jax.Array  # [S, T] int32
+  prompt: jax.Array  # [S, T] int32, -1 on padding
+  candidate: jax.Array  # [S, T] int32, -1 on prompt and padding
 
 
 class Interval(NamedTuple):
@@ -30,7 +35,7 @@ class Runs(NamedTuple):
   end: jax.Array  # [S, T] int32, place after the prompt; `prompt` inside it
 
 
-def runs(slots: "attention.Slots") -> Runs:
+def runs(slots: Slots) -> Runs:
   """The runs of streams [S, T]; each token of padding is one."""
   place = _places(slots.prompt)
   padding = slots.prompt < 0

@@ -92,6 +92,12 @@ def open_run(
         "and fsdp axes", where="data.num_streams",
         got=config["data"]["num_streams"],
         want=f"a multiple of data x fsdp = {parts}")
+  block, length = 128 * mesh.shape["context"], config["data"]["stream_length"]
+  if mesh.shape["context"] > 1 and length % block:
+    raise errors.ConfigError(
+        "config.divisible", "the tokens of a stream are split over the context "
+        "axis, 128 side by side at least", where="data.stream_length",
+        got=length, want=f"a multiple of 128 x context = {block}")
   model_dir = None
   if config["model"]["path"]:
     model_dir = resolve_once(

@@ -45,8 +45,9 @@ class Model(NamedTuple):
     return self.pack(batch.sets, everything, batch.order)
 
   def put(self, streams: types.Streams) -> types.Streams:
-    """A chunk on the devices, streams split over data and fsdp."""
-    return sharding.put_global(streams, sharding.batch_sharding(self.mesh))
+    """A chunk on the devices, streams split over data and fsdp, their tokens
+    over context."""
+    return sharding.put_global(streams, sharding.stream_sharding(self.mesh))
 
   def put_replicated(self, tree: Any) -> Any:
     """Set metadata, whole on every device."""
