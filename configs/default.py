@@ -92,6 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Branch, tag or commit of a hub name; resolved once to a commit hash.
   # None: the main branch.
   model.revision = config_dict.placeholder(str)
+  # Folder of LoRA adapters in PEFT's format, trained on model.path: what is
+  # sampled from, and where training goes on from. None: model.path alone.
+  model.adapter_path = config_dict.placeholder(str)
   # Architecture without model.path: "llama", "mistral", "qwen2", "qwen3",
   # "gemma2" or "gemma3_text".
   model.family = "llama"
@@ -122,6 +125,18 @@ def get_config() -> ml_collections.ConfigDict:
   # "offload" (the same, products wait in the host's memory) or "full" (whole
   # layers).
   model.remat = "none"
+
+  # --- LoRA: the preference stage trains adapters beside frozen weights -------
+  # The stages sft and reward_model train all weights. Adapters are float32.
+  lora = config.lora = ml_collections.ConfigDict()
+  # Of the adapters. None: those of model.adapter_path, or else none, and all
+  # weights are trained.
+  lora.rank = config_dict.placeholder(int)
+  # A projection adds alpha / rank times its adapter. None: twice the rank.
+  lora.alpha = config_dict.placeholder(float)
+  # Which projections have one, of "q_proj", "k_proj", "v_proj", "o_proj",
+  # "gate_proj", "up_proj" and "down_proj". Empty: all.
+  lora.targets = ()
 
   # --- Data of the preference stage -------------------------------------------
   data = config.data = ml_collections.ConfigDict()
@@ -287,11 +302,13 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Reference: the fixed policy that the reward is measured from -----------
   reference = config.reference = ml_collections.ConfigDict()
-  # "cached" (log-probs on disk; offline only) or "resident" (weights in
-  # memory); online also "previous_round" (the weights that wrote the
-  # candidates) or "ema" (a moving average over rounds).
-  # None: "cached", online "resident", if the objective needs a reference, else
-  # there is none.
+  # "cached" (log-probs on disk; offline only), "resident" (weights in memory)
+  # or "lora_base" (the policy without its adapters, no further weights); online
+  # also "previous_round" (the weights that wrote the candidates) or "ema" (a
+  # moving average over rounds, with LoRA of the adapters).
+  # None: "cached", which scores each candidate once, if the objective needs a
+  # reference; online or where it needs the weights "lora_base", if training
+  # starts from the base, or else "resident".
   reference.source = config_dict.placeholder(str)
   # Share of the old average at every round (ema). None: 0.9.
   reference.ema_decay = config_dict.placeholder(float)

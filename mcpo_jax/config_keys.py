@@ -12,6 +12,8 @@ STAGES = ("sft", "reward_model", "preference", "evaluate", "export")
 FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
            "generated_responses", "nemo", "hh", "unpaired", "sft", "tokens",
            "prompts")
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+               "down_proj")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 _ANY = Setting()  # text, or checked elsewhere
@@ -79,6 +81,7 @@ KEYS: dict[str, Setting] = {
     "proposal.correction": _FLAG,
     "model.path": or_none(),
     "model.revision": or_none(),
+    "model.adapter_path": or_none(),
     "model.family": Setting(choices=FAMILIES),
     "model.hidden_size": _COUNT,
     "model.num_layers": _COUNT,
@@ -92,6 +95,9 @@ KEYS: dict[str, Setting] = {
     "model.param_dtype": _DTYPE,
     "model.compute_dtype": _DTYPE,
     "model.remat": Setting(choices=("none", "dots", "offload", "full")),
+    "lora.rank": or_none(_COUNT),
+    "lora.alpha": or_none(_POSITIVE),
+    "lora.targets": _ANY,
     "data.path": or_none(),
     "data.eval_path": or_none(),
     "data.eval_fraction": Setting(low=0.0, high=0.9),
@@ -116,7 +122,8 @@ KEYS: dict[str, Setting] = {
     "kernel.num_negatives": _COUNT,
     "kernel.refresh": _ANY,
     "reference.source": or_none(Setting(
-        choices=("cached", "resident", "previous_round", "ema"))),
+        choices=("cached", "resident", "lora_base", "previous_round",
+                 "ema"))),
     "reference.ema_decay": or_none(Setting(low=0.0, high=1.0, open_high=True)),
     "reference.path": or_none(),
     "sft.data_path": or_none(),

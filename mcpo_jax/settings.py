@@ -25,6 +25,7 @@ from mcpo_jax.config_keys import (
     KERNEL,
     KEYS,
     OWN_KERNEL,
+    PROJECTIONS,
     STAGES,
     or_none,
 )
@@ -169,6 +170,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _check_mesh(config)
   found += _check_optimizers(config)
   found += _check_serve(config)
+  found += _resolve_lora(config)
   found += _resolve_objective(config)
   found += _check_reward(config)
   found += _check_online(config)
@@ -176,7 +178,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
     found += _check_generate(config)
     found += _check_lengths(config)
   _raise_all(found)
-  if config["model"]["param_dtype"] == "bfloat16":
+  if config["model"]["param_dtype"] == "bfloat16" and not has_lora(config):
     logging.warning(
         "config.precision: a chunk's gradient comes in bfloat16, as the weights"
         " (model.param_dtype); sums over chunks, updates, log-probs and losses "
@@ -323,6 +325,59 @@ def _check_optimizers(config) -> list[errors.McpoError]:
   return found
 
 
+def has_lora(config: dict[str, Any]) -> bool:
+  """Whether the preference stage trains adapters."""
+  return (config["lora"]["rank"] is not None
+          or config["model"]["adapter_path"] is not None)
+
+
+def _resolve_lora(config) -> list[errors.McpoError]:
+  """Adapters: fills scale and targets of those that are made anew."""
+  lora, model, reference = config["lora"], config["model"], config["reference"]
+  path, found = model["adapter_path"], []
+
+  def refuse(slug, message, key, want, got=None):
+    found.append(errors.ConfigError(
+        slug, message, where=key, got=got, want=want))
+
+  if lora["rank"] is None or path is not None:
+    reason = ("the adapters of model.adapter_path say it" if path
+              else "only lora.rank makes adapters")
+    for key, value in lora.items():
+      if value not in (None, (), []):
+        refuse("config.unused", reason, f"lora.{key}", "leave it out", value)
+  else:
+    lora["alpha"] = lora["alpha"] or 2.0 * lora["rank"]
+    lora["targets"] = tuple(lora["targets"] or PROJECTIONS)
+    for name in lora["targets"]:
+      if name not in PROJECTIONS:
+        found.append(errors.ConfigError(
+            "config.range", "no such projection", where="lora.targets",
+            got=name, want=" | ".join(PROJECTIONS),
+            hint=errors.nearest(str(name), PROJECTIONS)))
+  if path is not None:
+    if not os.path.isdir(path):
+      refuse("config.missing", "no such folder", "model.adapter_path",
+             "a folder in PEFT's format", path)
+    if not model["path"]:
+      refuse("config.missing", "adapters need the weights they were trained on",
+             "model.path", "a folder or a hub name")
+    for stage in {"sft", "reward_model"} & set(config["stages"] or ()):
+      refuse("config.conflict", f"the stage {stage} trains all weights",
+             "model.adapter_path", f"None, or no stage {stage}", path)
+    if reference["path"] is not None and reference["path"] == model["path"]:
+      refuse("config.conflict", "that is the base of the adapters",
+             "reference.path", "reference.source=lora_base", reference["path"])
+  if reference["source"] == "lora_base":
+    if not has_lora(config):
+      refuse("config.conflict", "there are no adapters to leave out",
+             "reference.source", "lora.rank, or another source", "lora_base")
+    if reference["path"] is not None:
+      refuse("config.unused", "the reference is the policy's own base",
+             "reference.path", "None", reference["path"])
+  return found
+
+
 def parse_rewards(text: str) -> list[tuple[str, float]]:
   """"a*2,b" -> [("a", 2.0), ("b", 1.0)]; a weight may be negative.
 
@@ -424,7 +479,8 @@ def _check_online(config) -> list[errors.McpoError]:
            "generation.num_devices=None", generation["url"])
   if source == "cached":
     refuse("config.conflict", "fresh samples are in no cache",
-           "reference.source", "resident, previous_round or ema", source)
+           "reference.source", "resident, lora_base, previous_round or ema",
+           source)
   if source == "ema" and reference["ema_decay"] is None:
     reference["ema_decay"] = 0.9
   if source != "ema" and reference["ema_decay"] is not None:
@@ -652,13 +708,17 @@ def _resolve_reference(config, entry) -> list[errors.McpoError]:
   reference = config["reference"]
   online = config["online"]["enabled"]
   if needs_reference:
+    held = "resident"
+    if has_lora(config) and not (
+        reference["path"] or config["model"]["adapter_path"]):
+      held = "lora_base"  # the same policy without a second copy
     reference["source"] = reference["source"] or (
-        "resident" if needs_weights or online else "cached")
-    if needs_weights and reference["source"] != "resident":
+        held if needs_weights or online else "cached")
+    if needs_weights and reference["source"] not in ("resident", "lora_base"):
       found.append(errors.ConfigError(
           "config.conflict", f"{name} reads the reference's whole distribution",
           where="reference.source", got=reference["source"],
-          want="resident"))
+          want="resident or lora_base"))
     if online and entry.mismatched:
       found.append(errors.ConfigError(
           "config.conflict", f"{name} compares with completions of other "

@@ -28,7 +28,7 @@ from absl import logging
 from mcpo_jax import errors
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.worker import wrong_version
-from mcpo_jax.models import hf
+from mcpo_jax.models import hf, lora
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import GenerationResult, Params
 
@@ -107,6 +107,7 @@ class RemoteService:
           "service.update", "no weights can be handed to this server",
           where=self._url, want="one model, a spool folder and a server of "
           "`python -m mcpo_jax serve`")
+    params = lora.merge(params)
     sha256 = hf.params_sha256(params)
     folder = pathlib.Path(self._spool).resolve() / f"{version}-{sha256[:16]}"
     if not folder.exists():

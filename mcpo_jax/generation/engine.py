@@ -10,6 +10,7 @@ are compiled however requests come. Token ids only, one thread.
 
 import collections
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from jax.sharding import Mesh
 from mcpo_jax import errors, sharding
 from mcpo_jax.generation import sampler
 from mcpo_jax.generation.sampling import Sampling
-from mcpo_jax.models import decoder
+from mcpo_jax.models import decoder, lora
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params
 
@@ -409,8 +410,7 @@ class Engine:
     """The weights as the kernels read them, on this engine's devices."""
     if self._mesh is None:
       return _unstack(params, self._dtype)
-    shapes = decoder.param_shapes(self._config)
-    placed = sharding.infer_shardings(shapes, decoder.PARAM_RULES, self._mesh)
+    placed = sharding.infer_shardings(params, decoder.PARAM_RULES, self._mesh)
     params = jax.device_put(params, placed)
     return _unstack(params, self._dtype)
 
@@ -478,7 +478,10 @@ class Engine:
         raise refuse(field, f"{field} is out of range", got=value, want=want)
 
 
-_unstack = jax.jit(decoder.unstack_layers, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def _unstack(params, dtype):
+  """Adapters are merged, once for the thousands of tokens to come."""
+  return decoder.unstack_layers(lora.merge(params, dtype), dtype)
 
 
 def _rung(number: int, steps: int) -> int:

@@ -270,7 +270,13 @@ def _mlp(h, weights, config):
 def _linear(x, weights):
   # Two axes: XLA:CPU is slow at a product that sums over two axes at once,
   # which the gradient of the weights would be.
-  y = x.reshape(-1, x.shape[-1]) @ weights["kernel"].astype(x.dtype)
+  flat = x.reshape(-1, x.shape[-1])
+  y = flat @ weights["kernel"].astype(x.dtype)
+  if "lora_a" in weights:
+    a, b, scale = (
+        weights[f"lora_{name}"].astype(x.dtype) for name in ("a", "b", "scale")
+    )
+    y = y + (scale * (flat @ a)) @ b
   y = y.reshape(*x.shape[:-1], -1)
   if "bias" in weights:
     y = y + _along_last(weights["bias"].astype(x.dtype), y)

@@ -187,7 +187,7 @@ def load_params(
     shardings = jax.tree.map(lambda _: one, shapes)
 
   def load(path, shape, placed):
-    names, transposed = _tensors_of(sharding.path_name(path), config)
+    names, transposed = tensors_of(sharding.path_name(path), config)
 
     def read_one(name, index):
       if transposed:
@@ -208,7 +208,7 @@ def _stacked(path: tuple) -> bool:
   return path[0].key == "layers"
 
 
-def _tensors_of(name: str, config: ModelConfig) -> tuple[list[str], bool]:
+def tensors_of(name: str, config: ModelConfig) -> tuple[list[str], bool]:
   """The tensors that make a parameter, one a layer, and if each is turned."""
   table = _POST_NORM_NAMES if config.post_norms else _NAMES
   transposed = name.endswith("/kernel")
@@ -226,7 +226,7 @@ def _expected(
 ) -> Iterator[tuple[str, tuple[int, ...], tuple, int | None]]:
   """(tensor name, its shape, our path, layer) of all tensors, in order."""
   for path, shape in jax.tree_util.tree_leaves_with_path(shapes):
-    names, transposed = _tensors_of(sharding.path_name(path), config)
+    names, transposed = tensors_of(sharding.path_name(path), config)
     sizes = shape.shape[1:] if _stacked(path) else shape.shape
     sizes = sizes[::-1] if transposed else sizes
     for layer, name in enumerate(names):
@@ -367,13 +367,14 @@ def _host_tensors(params: Params, group: list[tuple]) -> dict[str, np.ndarray]:
     for key in path:
       leaf = leaf[key.key]
     leaf = leaf if layer is None else leaf[layer]
-    array = _to_host(leaf)
+    array = to_host(leaf)
     turned = path[-1].key == "kernel"
     tensors[name] = np.ascontiguousarray(array.T if turned else array)
   return tensors
 
 
-def _to_host(array: jax.Array) -> np.ndarray:
+def to_host(array: jax.Array) -> np.ndarray:
+  """The whole array, whichever processes hold it; all of them call this."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     from jax.experimental import multihost_utils
 
@@ -462,5 +463,5 @@ def params_sha256(params: Params) -> str:
     digest.update(f"{name} {leaf.shape} {leaf.dtype.name};".encode())
     layers = name.startswith("layers/")
     for piece in map(leaf.__getitem__, range(len(leaf))) if layers else [leaf]:
-      digest.update(np.ascontiguousarray(_to_host(piece)).tobytes())
+      digest.update(np.ascontiguousarray(to_host(piece)).tobytes())
   return digest.hexdigest()

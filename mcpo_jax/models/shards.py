@@ -69,14 +69,18 @@ class Shards:
     shapes: tensor name -> shape.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, *, single: str = SINGLE):
     """Opens all headers.
+
+    Args:
+      folder: of the files.
+      single: name of the one file of a folder without an index.
 
     Raises:
       ModelDirError: `hf.unsafe_format`, `hf.shard_missing`, `hf.index`,
         `hf.safetensors`, `hf.dtype`, `hf.unsafe_path`.
     """
-    self.folder = folder
+    self.folder, self._single = folder, single
     index = None
     if (folder / INDEX).exists():
       index = read_json(folder, INDEX, "hf.index").get("weight_map")
@@ -86,7 +90,7 @@ class Shards:
         )
       names = sorted(set(map(str, index.values())))
     else:
-      names = [SINGLE]
+      names = [single]
     self._files = {name: self._open(name) for name in names}
     self._file_of = {}
     for name, file in self._files.items():
@@ -148,7 +152,7 @@ class Shards:
           p.name for p in self.folder.glob("*")
           if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
       )
-      if pickles and name == SINGLE:
+      if pickles and name == self._single:
         raise errors.ModelDirError(
             "hf.unsafe_format",
             "the folder has pickled weights only, which are never opened",

@@ -1,9 +1,10 @@
 """The stage export: a folder that transformers loads."""
 
 import pathlib
+import shutil
 from typing import Any
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors
 from mcpo_jax.models import hf
 from mcpo_jax.stages import results
 from mcpo_jax.training import metrics, setup
@@ -13,7 +14,8 @@ def run_export(
     run: setup.Run, writer: metrics.Writer | None,
     out: pathlib.Path | None = None,
 ) -> dict[str, Any]:
-  """Writes what the last stage trained as a folder that transformers loads."""
+  """Writes what the last stage trained as a folder that transformers loads;
+  of LoRA the merged weights, and in its folder `adapter` what PEFT loads."""
   del writer
   out = out or run.workdir / "export"
   if out.exists() and any(out.iterdir()) and not (
@@ -33,4 +35,10 @@ def run_export(
             f" (beta {objective.get('beta')}).")
   hf.save_params(out, params, config, tokenizer_dir=run.workdir / "tokenizer",
                  stop_ids=run.tokenizer.stop_ids, card=card)
+  adapter = source.with_name("adapter")
+  if adapter.exists():
+    commit.verify(adapter)
+    commit.write_folder(
+        out / "adapter",
+        lambda to: shutil.copytree(adapter, to, dirs_exist_ok=True), {})
   return {"export/path": str(out), "export/sha256": hf.params_sha256(params)}

@@ -125,7 +125,7 @@ class Filler:
           run.tokenizer)
     self._source = config["reference"]["source"]
     self._fixed = None
-    if self._source == "resident":
+    if self._source in ("resident", "lora_base"):
       self._fixed, self._reference_model = references.reference_params(
           run, model, start)
     else:
@@ -140,6 +140,9 @@ class Filler:
   ) -> rounds_lib.Pool:
     """Samples, scores and compares the candidates of one round."""
     began = time.perf_counter()
+    weights = rounds_lib.Weights(
+        self._model.policy(weights.policy),
+        weights.moving and self._model.policy(weights.moving))
     rows = self._rows[prompts_of_round(
         number, self._plan.num_prompts, len(self._rows),
         seed=self._stage.seed)]
@@ -182,8 +185,9 @@ class Filler:
 
   def _reference(self, weights):
     """The reference's weights in this round."""
-    return {"resident": self._fixed, "ema": weights.moving}.get(
-        self._source, weights.policy)
+    if self._fixed is not None:
+      return self._fixed
+    return weights.moving if self._source == "ema" else weights.policy
 
   def _sample(self, number, prompts, weights, step):
     share = self._options["mixture"]

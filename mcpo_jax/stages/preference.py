@@ -8,7 +8,7 @@ import numpy as np
 from mcpo_jax import commit, objective_names, types, user_code
 from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
-from mcpo_jax.models import hf
+from mcpo_jax.models import hf, lora, peft
 from mcpo_jax.stages import online as online_stage
 from mcpo_jax.stages import pools, references, results, sampling
 from mcpo_jax.training import batch as batch_lib
@@ -23,7 +23,8 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   done = folder / "result.json"
   if done.exists():
     return json.loads(done.read_text())
-  model, start = setup.open_model(run, results.find_start(run))
+  model, trained, start = setup.open_trained(
+      run, *setup.open_model(run, results.find_start(run)))
   stores = pools.open_preference_stores(run)
   data, rows = stores["train"]
   online = config["online"]["enabled"]
@@ -58,20 +59,25 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     evaluate = make_evaluate(
         run, stage, model, start, *stores["eval"], options, compared["eval"])
   params, step = loop.train(
-      stage, model, make_batch, start, folder, writer,
+      stage, model, make_batch, trained, folder, writer,
       setup.schedule_of(run),
       meta={"stage": "preference", "data": data.key,
             "model": str(model.config), "start": hf.params_sha256(start()),
             "objective": stage.objective,
             "own_code": own_code(stage)},
       reference=compared["train"], evaluate=evaluate,
-      expect_start=config["reference"]["source"] is not None
-      and config["reference"]["path"] is None
+      expect_start=references.is_start(config)
       and not config["online"]["extrapolation"],
       rounds=rounds, show=make_show(run, data, folder / "candidates.jsonl"))
   explorer.write_explorer(
       folder / "candidates.jsonl", run.workdir / "candidates.html",
       f"Candidates of {run.workdir.resolve().name}")
+  policy = model.policy(params)
+  if model.frozen:
+    peft.save_adapters(
+        folder / "adapter", policy, model.config,
+        base=config["model"]["path"] or str(results.find_start(run)))
+  params = lora.merge(policy)
   results.save_model(run, folder / "model", params, model)
   result = {"params/sha256": hf.params_sha256(params), "step": step}
   commit.write_file(done, json.dumps(result))
@@ -135,8 +141,7 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
   params = start()
   service = sampling.make_service(run, model, params)
   # The start's log-probs are known already where it is the reference.
-  start_is_reference = (run.config["reference"]["source"] is not None
-                        and run.config["reference"]["path"] is None)
+  start_is_reference = references.is_start(run.config)
   logps = (reference.logps if start_is_reference
            else references.host_sequence_logps(model, params))
   start_logps = np.concatenate(
@@ -164,7 +169,7 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
         topk_entropy=out.topk_entropy)
     if step == 0 and start_is_reference:  # all margins are 0, but for rounding
       values["likelihood/length_correlation"] = np.nan
-    service.update(step_lib.policy_of(state.params), step)
+    service.update(model.policy(step_lib.policy_of(state.params)), step)
     now = service.generate(shown.tokens, **greedy).text
     lines = path.read_text().splitlines() if path.exists() else []
     lines = [x for x in lines if json.loads(x)["step"] < step] + [

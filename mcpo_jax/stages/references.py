@@ -1,5 +1,7 @@
 """What the policy is compared with: log-probs on disk, or weights."""
 
+from typing import Any
+
 import jax
 import numpy as np
 from tqdm import tqdm
@@ -26,13 +28,24 @@ def open_reference(
 
 
 def reference_params(run: setup.Run, model: stage_lib.Model, start):
-  """Weights and model of the reference: of reference.path, or the start."""
+  """Weights and model of the reference: of reference.path, the base that lies
+  beside the adapters, or the start."""
   path = run.config["reference"]["path"]
+  if run.config["reference"]["source"] == "lora_base":
+    return model.frozen, model
   if path is None:
     return start(), model
   other, load = setup.open_model(
       run, setup.resolve_once(run.workdir, path, None))
   return load(), other
+
+
+def is_start(config: dict[str, Any]) -> bool:
+  """Whether policy and reference are the same weights at the start."""
+  source, path = config["reference"]["source"], config["reference"]["path"]
+  adapted = config["model"]["adapter_path"] is not None
+  return (source is not None and path is None
+          and not (source == "lora_base" and adapted))
 
 
 def host_token_logps(model: stage_lib.Model, params):
@@ -63,7 +76,7 @@ def make_references(
   source = run.config["reference"]["source"]
   if source is None:
     return dict.fromkeys(("train", "eval"), stage_lib.NO_REFERENCE)
-  if source == "resident":
+  if source in ("resident", "lora_base"):
     params, other = reference_params(run, model, start)
     resident = host_sequence_logps(other, params)
     needs_weights = registry.REFERENCE_TERMS & set(

@@ -63,8 +63,8 @@ def compare_gradients(
   def gradient(inputs, cotangent, total):
     for chunk in chunks:
       total = functions.from_cotangents(
-          state.params, reference.params, total, model.put(chunk), inputs,
-          cotangent)
+          state.params, model.frozen, reference.params, total,
+          model.put(chunk), inputs, cotangent)
     return total.grads
 
   grads = []

@@ -129,7 +129,8 @@ def train(
   Args:
     stage, model, when: settings.
     make_batch: step -> HostBatch.
-    start: gives the first weights; called unless a checkpoint is found.
+    start: gives the first of the weights that are trained; called unless a
+      checkpoint is found.
     folder: of this stage, holds `checkpoints/`.
     writer: of metrics.
     meta: goes into every manifest; a checkpoint with other values of these
@@ -143,7 +144,8 @@ def train(
       `when.show_every` updates.
 
   Returns:
-    the weights, the best if `when.keep_best`, and the updates behind them.
+    the trained weights, the best if `when.keep_best`, and the updates behind
+    them.
 
   Raises:
     NonFiniteError, CheckpointError.

@@ -30,7 +30,7 @@ from mcpo_jax.data import batches, files, records
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import config as config_lib
-from mcpo_jax.models import decoder, hf
+from mcpo_jax.models import decoder, hf, lora, peft
 from mcpo_jax.training import loop
 from mcpo_jax.training import stage as stage_lib
 
@@ -42,6 +42,10 @@ _FREE = re.compile(
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
 CACHE_VERSION = 1
+
+
+# Of adapters, which are small and take small updates.
+_ADAPTER_DTYPE = jnp.float32
 
 
 class Run(NamedTuple):
@@ -362,12 +366,16 @@ def open_model(
 
   Args:
     run: of this workdir.
-    start_dir: HF folder of the weights; None: random ones from the seed.
+    start_dir: HF folder of the weights; None: random ones from the seed. Those
+      of model.path come with the adapters of model.adapter_path.
 
   Returns:
     model, and () -> params; every call makes fresh arrays.
   """
   options = run.config["model"]
+  adapters = None
+  if options["adapter_path"] and start_dir == run.model_dir:
+    adapters = peft.Adapters(pathlib.Path(options["adapter_path"]))
   if start_dir is not None:
     config = hf.load_config(start_dir)
   else:
@@ -413,13 +421,55 @@ def open_model(
 
   def start() -> types.Params:
     if start_dir is not None:
-      return hf.load_params(start_dir, config, shardings=shardings, dtype=dtype)
+      params = hf.load_params(
+          start_dir, config, shardings=shardings, dtype=dtype)
+      return params if adapters is None else lora.join(
+          params, adapters.load(config, run.mesh, dtype=_ADAPTER_DTYPE))
     return jax.jit(
         lambda: decoder.init_params(
             jax.random.key(run.config["seed"]), config, dtype=dtype),
         out_shardings=shardings)()
 
   return model, start
+
+
+def open_trained(
+    run: Run, model: stage_lib.Model, start: Callable[[], types.Params]
+) -> tuple[
+    stage_lib.Model, Callable[[], types.Params], Callable[[], types.Params]]:
+  """What the preference stage trains: adapters where LoRA is on, else all.
+
+  Args:
+    run: of this workdir.
+    model, start: from open_model.
+
+  Returns:
+    model, which holds what is frozen; () -> the first of what is trained,
+    fresh arrays; and () -> the first policy. With LoRA the latter shares the
+    frozen arrays: one copy of the base is on the devices.
+  """
+  options = run.config["lora"]
+  if options["rank"] is None and not run.config["model"]["adapter_path"]:
+    return model, start, start
+  policy = start()
+  trained, frozen = lora.split(policy)
+  size = sum(x.size for x in jax.tree.leaves(policy))
+  if not trained:
+    init = lambda key: lora.init_adapters(
+        key, model.param_shapes, rank=options["rank"],
+        targets=options["targets"], dtype=_ADAPTER_DTYPE)
+    key = jax.random.key(run.config["seed"])
+    trained = jax.jit(init, out_shardings=sharding.infer_shardings(
+        jax.eval_shape(init, key), decoder.PARAM_RULES, run.mesh))(key)
+    frozen = lora.join(frozen, lora.scales(
+        trained, options["alpha"] / options["rank"]))
+  logging.info("LoRA: %d weights are trained, the policy starts from %d",
+               sum(x.size for x in jax.tree.leaves(trained)), size)
+  shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      trained)
+  return (model._replace(param_shapes=shapes, frozen=frozen),
+          lambda: jax.tree.map(jnp.copy, trained), lambda: policy)
 
 
 def schedule_of(run: Run) -> loop.Schedule:

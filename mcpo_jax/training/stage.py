@@ -11,7 +11,7 @@ import numpy as np
 from mcpo_jax import objective_names, registry, sharding, types, user_code
 from mcpo_jax.data import packing
 from mcpo_jax.models import config as model_config
-from mcpo_jax.models import scoring
+from mcpo_jax.models import lora, scoring
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import optimizer as optimizer_lib
 from mcpo_jax.training import step as step_lib
@@ -22,12 +22,17 @@ class Model(NamedTuple):
 
   config: model_config.ModelConfig
   mesh: jax.sharding.Mesh
-  param_shapes: Any  # tree of ShapeDtypeStruct with shardings
+  param_shapes: Any  # tree of ShapeDtypeStruct with shardings; of the trained
   compute_dtype: Any
   remat: str
   num_streams: int  # of a chunk
   stream_length: int  # the longest; see `packing.chunk_lengths`
   pad_id: int
+  frozen: Any = ()  # weights beside the trained ones; () where all are
+
+  def policy(self, trained: types.Params) -> types.Params:
+    """All parameters, of those that are trained."""
+    return lora.join(trained, self.frozen)
 
   @property
   def param_shardings(self) -> Any:

@@ -27,6 +27,7 @@ import optax
 
 from mcpo_jax import sharding, types
 from mcpo_jax.kernels import chains, mc, weights
+from mcpo_jax.models import lora
 
 
 class Kernel(NamedTuple):
@@ -99,8 +100,9 @@ class Memory(NamedTuple):
 class TrainState(NamedTuple):
   """All that defines the next step, beside the data and the config.
 
-  `params` are the policy's; what an objective learns beside it lies among
-  them under "objective".
+  `params` are those of the policy that are trained: all, or with LoRA the
+  adapters alone. What an objective learns beside it lies among them under
+  "objective".
   """
 
   step: jax.Array  # int32, updates done
@@ -232,7 +234,7 @@ def make_step_functions(
 
   Args:
     features: (params, reference, streams, sets) -> Features [B, K], zero for
-      what is not in the streams.
+      what is not in the streams; here and below of all parameters.
     sequence_logps: (params, streams, num_sets, num_slots) -> [B, K] float32,
       their log-probs alone.
     held_out_values: (params, streams, sets) -> Features [B, K] and hidden sums
@@ -246,7 +248,7 @@ def make_step_functions(
     num_examples: N, training examples, of kernels and losses with a memory.
     num_slots: K.
     beta: of the implicit reward, for kernel scores.
-    param_shapes: tree of ShapeDtypeStruct with shardings, of the policy.
+    param_shapes: tree of ShapeDtypeStruct with shardings, of what is trained.
     moving: whether the state carries moving weights, at first the policy's.
     replicated: sharding of everything that has no token axis.
     offload: keep the optimizer's state in the hosts' memory; it comes to the
@@ -420,9 +422,10 @@ def make_step_functions(
     empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     return Accumulator(no_grads(params), *empty)
 
-  def from_loss(params, reference, total, streams, inputs, present):
+  def from_loss(params, frozen, reference, total, streams, inputs, present):
     def f(params):
-      values = chunk_features(params, reference, streams, inputs)
+      values = chunk_features(
+          lora.join(params, frozen), reference, streams, inputs)
       return loss_terms(values, inputs, present)
 
     (_, (loss, aux, new_state)), grads = jax.value_and_grad(
@@ -437,9 +440,11 @@ def make_step_functions(
     return (cotangent, Accumulator(no_grads(params), loss, aux),
             objective_state)
 
-  def from_cotangents(params, reference, total, streams, inputs, cotangent):
+  def from_cotangents(
+      params, frozen, reference, total, streams, inputs, cotangent):
     def f(params):
-      values = chunk_features(params, reference, streams, inputs)
+      values = chunk_features(
+          lora.join(params, frozen), reference, streams, inputs)
       return sum(jax.tree.leaves(jax.tree.map(
           lambda c, x: jnp.sum(c * x), cotangent, values)))
 
@@ -494,11 +499,11 @@ def make_step_functions(
       recall=jit(recall, out_shardings=replicated),
       features=jit(chunk_features, out_shardings=replicated),
       zeros=jit(zeros, out_shardings=accumulator_shardings),
-      from_loss=jit(from_loss, donate_argnums=2,
+      from_loss=jit(from_loss, donate_argnums=3,
                     out_shardings=(accumulator_shardings, replicated)),
       cotangents=jit(cotangents, out_shardings=(
           replicated, accumulator_shardings, replicated)),
-      from_cotangents=jit(from_cotangents, donate_argnums=2,
+      from_cotangents=jit(from_cotangents, donate_argnums=3,
                           out_shardings=accumulator_shardings),
       update=jit(update, donate_argnums=0,
                  out_shardings=(state_shardings, replicated)),

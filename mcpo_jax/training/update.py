@@ -65,7 +65,8 @@ def run_step(
     for i, (chunk, here) in enumerate(zip(chunks, present)):
       faults.point("step.accumulate" if i else "step.first_chunk")
       total, objective_state = functions.from_loss(
-          state.params, reference.params, total, model.put(chunk), inputs, here)
+          state.params, model.frozen, reference.params, total,
+          model.put(chunk), inputs, here)
       inputs = inputs._replace(objective_state=objective_state)
   else:
     if not known:
@@ -78,8 +79,8 @@ def run_step(
     for i, chunk in enumerate(chunks):
       faults.point("step.accumulate" if i else "step.first_chunk")
       total = functions.from_cotangents(
-          state.params, reference.params, total, model.put(chunk), inputs,
-          cotangent)
+          state.params, model.frozen, reference.params, total,
+          model.put(chunk), inputs, cotangent)
   state, metrics = functions.update(state, total, inputs, memory)
   used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
   if values is not None and not stage.entry.terms:
@@ -143,9 +144,9 @@ def score_chunks(
     chunks: list[types.Streams],
 ) -> types.Features:
   """Log-probs [B, K] of what stands in the chunks, without gradient."""
-  logps = model.no_features(batch).logps
+  logps, policy = model.no_features(batch).logps, model.policy(params)
   for chunk in chunks:
-    logps += functions.score(params, model.put(chunk), sets)
+    logps += functions.score(policy, model.put(chunk), sets)
   return types.Features(logps)
 
 
@@ -162,9 +163,10 @@ def feature_chunks(
   """All that the objective needs [B, K] of what stands in the chunks, without
   gradient."""
   values = model.no_features(batch, stage.entry.terms)
+  policy = model.policy(params)
   for chunk in chunks:
     values = jax.tree.map(jnp.add, values, functions.features(
-        params, reference.params, model.put(chunk), inputs))
+        policy, reference.params, model.put(chunk), inputs))
   return values
 
 
@@ -179,7 +181,8 @@ def examine_chunks(
   in float64, sums of hidden states [B, K, D]; see `scoring.held_out_values`."""
   values, hidden = functools.reduce(
       lambda total, more: jax.tree.map(jnp.add, total, more),
-      (functions.examine(params, model.put(chunk), sets) for chunk in chunks))
+      (functions.examine(model.policy(params), model.put(chunk), sets)
+       for chunk in chunks))
   return values, np.asarray(hidden, np.float64)
 
 
