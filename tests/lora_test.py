@@ -12,7 +12,7 @@ import pytest
 import training_cases as cases
 
 from mcpo_jax import config_keys
-from mcpo_jax.models import decoder, lora, scoring
+from mcpo_jax.models import lora, scoring
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.training import loop, setup, update
 from mcpo_jax.training import stage as stage_lib
