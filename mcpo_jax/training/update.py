@@ -102,13 +102,15 @@ def step_flops(
     scored: bool,
 ) -> float:
   """FLOPs that one update needs: a forward pass of the pool if it is scored,
-  three of what is trained on."""
+  three of what is trained on; two beside frozen weights, which get no gradient,
+  and adapters are too small to count."""
   forward = lambda slots: flops.pass_flops(
       model.config, batch.sets,
       [np.asarray(order, int)[picked]
        for order, picked in zip(batch.order, slots)])
   pool = [np.arange(len(order)) for order in batch.order]
-  return 3 * forward(slots) + (forward(pool) if scored else 0.0)
+  passes = 2 if model.frozen else 3
+  return passes * forward(slots) + (forward(pool) if scored else 0.0)
 
 
 def draw_window(
