@@ -354,7 +354,8 @@ def get_config() -> ml_collections.ConfigDict:
   mesh.data = -1
   # Shards of weights and optimizer state.
   mesh.fsdp = 1
-  # Parts of each stream's tokens, for long sequences.
+  # Parts of each stream's tokens, for long sequences; each has a part of the
+  # shards too.
   mesh.context = 1
   # Shards of heads, feed-forward width and vocabulary.
   mesh.tensor = 1

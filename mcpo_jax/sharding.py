@@ -40,7 +40,8 @@ def make_mesh(
     fsdp: size of the axis that splits the batch and the weights.
     tensor: size of the axis that splits heads and hidden units. One of the
       four may be -1: whatever number of devices is left.
-    context: size of the axis that splits the tokens of a stream.
+    context: size of the axis that splits the tokens of a stream and, with
+      fsdp, the weights.
     devices: the devices to use; all of them by default.
 
   Raises:

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 )
 CONFIG = ModelConfig(
     family="mistral",
-    vocab_size=26,
+    vocab_size=28,
     hidden_size=20,
     intermediate_size=24,
     num_layers=2,
@@ -95,7 +95,7 @@ def test_keys_and_values_are_gathered_and_no_states():
 
 def test_a_stream_of_32k_tokens_is_scored_in_eight_parts():
   config = ModelConfig(
-      family="llama", vocab_size=11, hidden_size=8, intermediate_size=6,
+      family="llama", vocab_size=16, hidden_size=8, intermediate_size=6,
       num_layers=1, num_heads=2, num_kv_heads=1, head_dim=4,
       max_positions=2**15,
   )

@@ -13,16 +13,18 @@ from jax.sharding import PartitionSpec as P
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params
 
+# Devices that share a stream's tokens all need the weights: each keeps a part.
+_SPLIT = ("fsdp", "context")
 PARAM_RULES = [
-    (r"embed/embedding$", P("fsdp", "tensor")),
-    (r"lm_head/kernel$", P("fsdp", "tensor")),
+    (r"embed/embedding$", P(_SPLIT, "tensor")),
+    (r"lm_head/kernel$", P(_SPLIT, "tensor")),
     (r"score/kernel$", P()),
-    (r"layers/.*(q|k|v|gate|up)_proj/kernel$", P(None, "fsdp", "tensor")),
-    (r"layers/.*(o|down)_proj/kernel$", P(None, "tensor", "fsdp")),
-    (r"layers/.*(q|k|v|gate|up)_proj/lora_a$", P(None, "fsdp")),
+    (r"layers/.*(q|k|v|gate|up)_proj/kernel$", P(None, _SPLIT, "tensor")),
+    (r"layers/.*(o|down)_proj/kernel$", P(None, "tensor", _SPLIT)),
+    (r"layers/.*(q|k|v|gate|up)_proj/lora_a$", P(None, _SPLIT)),
     (r"layers/.*(q|k|v|gate|up)_proj/lora_b$", P(None, None, "tensor")),
     (r"layers/.*(o|down)_proj/lora_a$", P(None, "tensor")),
-    (r"layers/.*(o|down)_proj/lora_b$", P(None, None, "fsdp")),
+    (r"layers/.*(o|down)_proj/lora_b$", P(None, None, _SPLIT)),
     (r"lora_scale$", P()),
     (r"layers/.*(q|k|v|gate|up)_proj/bias$", P(None, "tensor")),
     (r"layers/.*(o|down)_proj/bias$", P()),
