@@ -1,13 +1,18 @@
 """Fused attention against NumPy in float64, and what is compiled."""
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 
-from mcpo_jax.models import attention, cudnn, spans, splash
+from mcpo_jax import sharding
+from mcpo_jax.models import attention, cudnn, decoder, spans, splash
+from mcpo_jax.models.config import ModelConfig
+from mcpo_jax.types import Streams
 
 LENGTH, HEADS, KV_HEADS, WIDTH, SOFTCAP = 384, 6, 2, 8, 3.0
 NO_WINDOW = 2**30
@@ -282,3 +287,99 @@ def test_cudnn_is_called_for_both_parts():
   assert text.count("fmhaSoftmax(") == 2
   assert text.count("fmhaSoftmaxBackward(") == 2
   assert text.count("PADDING_CAUSAL") == 2
+
+
+# --- the choice ---------------------------------------------------------------
+
+
+def choose(kind, monkeypatch, dtype=jnp.bfloat16, width=64, **changes):
+  """The kernel on devices of a kind, and what was warned of."""
+  warned = []
+  monkeypatch.setattr(sharding, "traced_devices", lambda: (kind, 4))
+  monkeypatch.setattr(attention, "_warn", warned.append)
+  settings = dict(length=1024, parts=1, softcap=None, window=NO_WINDOW)
+  kernel = attention.choose_kernel(
+      jnp.dtype(dtype), width, **settings | changes
+  )
+  return kernel, " ".join(warned)
+
+
+@pytest.mark.parametrize(
+    "kind, kernel", [("cpu", "tiles"), ("TPU v5 lite", "splash"),
+                     ("TPU7x", "splash"), ("NVIDIA H200", "cudnn")]
+)
+def test_each_backend_has_its_kernel(kind, kernel, monkeypatch):
+  assert choose(kind, monkeypatch) == (kernel, "")
+
+
+@pytest.mark.parametrize(
+    "kind, changes, reason",
+    [
+        ("TPU v5p", dict(dtype=jnp.float16), "float16"),
+        ("TPU v5p", dict(length=1000), "1000 tokens"),
+        ("TPU v5p", dict(length=2**16), "65536 tokens"),
+        ("NVIDIA H100", dict(dtype=jnp.float32), "float32"),
+        ("NVIDIA H100", dict(width=60), "width 60"),
+        ("NVIDIA H100", dict(softcap=50.0), "soft-capped"),
+        ("NVIDIA H100", dict(window=512), "window of 512"),
+        ("NVIDIA H100", dict(parts=2), "context"),
+    ],
+)
+def test_doing_without_a_kernel_is_said_with_the_reason(
+    kind, changes, reason, monkeypatch
+):
+  kernel, warned = choose(kind, monkeypatch, **changes)
+  assert kernel == "tiles" and reason in warned
+  assert ("splash" if "TPU" in kind else "cudnn") in warned
+
+
+def test_a_kernel_is_told_by_the_program_that_calls_it():
+  call = '%{} = f32[8]{{0}} custom-call(%a), custom_call_target="{}"'
+  splash_call = call.format("splash_mha_fwd_residuals.1", "tpu_custom_call")
+  cudnn_call = call.format("x.2", "__cudnn$fmhaSoftmax")
+  dot = '%dot = f32[8]{0} dot(%a), metadata={op_name="splash_mha"}'
+  program = "\n".join((splash_call, cudnn_call, dot))
+  assert attention.fused_kernels(program) == {"splash", "cudnn"}
+  assert attention.fused_kernels(splash_call) == {"splash"}
+  assert attention.fused_kernels(cudnn_call) == {"cudnn"}
+  assert not attention.fused_kernels(dot)
+
+
+def test_a_tpu_program_of_the_decoder_has_the_kernel(monkeypatch):
+  """Compiled for four chips that share each stream and the weights."""
+  if not importlib.util.find_spec("libtpu"):
+    pytest.skip("needs libtpu")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+  monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  chips = topologies.get_topology_desc(
+      platform="tpu", topology_name="v5e:2x2"
+  ).devices
+  mesh = sharding.make_mesh(data=1, fsdp=1, context=2, tensor=2, devices=chips)
+  config = ModelConfig(
+      family="gemma2", vocab_size=256, hidden_size=256, intermediate_size=512,
+      num_layers=2, num_heads=4, num_kv_heads=2, head_dim=64,
+      attention_softcap=30.0, sliding_window=100, local_layers=(True, False),
+  )
+  place = lambda shapes, split: jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, split,
+  )
+  shapes = decoder.param_shapes(config, dtype=jnp.bfloat16)
+  params = place(
+      shapes, sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh)
+  )
+  tokens = jax.ShapeDtypeStruct(
+      (2, 256), jnp.int32, sharding=sharding.stream_sharding(mesh)
+  )
+  streams = Streams(*[tokens] * 6)
+
+  @jax.jit
+  def hidden(params, streams):
+    with sharding.tracing_on(mesh):
+      return decoder.hidden_states(
+          params, config, streams, compute_dtype=jnp.bfloat16
+      )
+
+  program = hidden.lower(params, streams).compile().as_text()
+  assert attention.fused_kernels(program) == {"splash"}

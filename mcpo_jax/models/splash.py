@@ -28,7 +28,7 @@ from mcpo_jax.models.spans import Interval
 LANES = 128  # what the kernel needs lengths to be a multiple of
 MAX_BLOCK = 512  # tokens
 MAX_LENGTH = 2**15  # an interval of places is kept in one int32
-NAME = "splash"  # part of the kernel's name in a compiled program
+NAME = "splash_mha"  # part of the kernel's name in a compiled program
 
 
 def attend(
