@@ -437,6 +437,36 @@ CONFIGS = [
     _config("C15 read", _read_back('{"version": 99, "config": {}}'),
             "config.version", "config.json"),
     _config("C15 cut", _read_back('{"vers'), "config.invalid", "config.json"),
+    *(_out_of_range(f"A1 {o}", o) for o in (
+        "lora.rank=0", "lora.rank=-2")),
+    _config("A1 target", _set("lora.rank=4", "lora.targets=q_proj,q_porj"),
+            "config.range", "lora.targets"),
+    _config("A1 alpha", _set("lora.rank=4", "lora.alpha=0"), "config.range",
+            "lora.alpha"),
+    _config("A2 alpha", _set("lora.alpha=8"), "config.unused", "lora.alpha"),
+    _config("A2 targets", _set("lora.targets=q_proj"), "config.unused",
+            "lora.targets"),
+    _config("A2 rank", lambda folder: lambda: _resolved(
+        folder, f"model.path={folder}", f"model.adapter_path={folder}",
+        "stages=preference", "lora.rank=2"), "config.unused", "lora.rank"),
+    _config("A3 base", _set("reference.source=lora_base"), "config.conflict",
+            "reference.source"),
+    _config("A3 path", lambda folder: lambda: _resolved(
+        folder, f"reference.path={folder}", "lora.rank=2",
+        "reference.source=lora_base"), "config.unused", "reference.path"),
+    _config("A4 folder", _set(
+        "model.path=./base", "model.adapter_path=./none", "stages=preference"),
+            "config.missing", "model.adapter_path"),
+    _config("A4 base", lambda folder: lambda: _resolved(
+        folder, f"model.adapter_path={folder}", "stages=preference"),
+            "config.missing", "model.path"),
+    _config("A4 sft", lambda folder: lambda: _resolved(
+        folder, f"model.path={folder}", f"model.adapter_path={folder}"),
+            "config.conflict", "model.adapter_path"),
+    _config("A4 twice", lambda folder: lambda: _resolved(
+        folder, f"model.path={folder}", f"model.adapter_path={folder}",
+        f"reference.path={folder}", "stages=preference"), "config.conflict",
+            "reference.path"),
     Case("C16", _warns("model.param_dtype=bfloat16"), None, None, "", 0),
     *(_config(f"C17 {o}", _set(o), "config.retention", o.split("=")[0])
       for o in ("checkpoint.keep=1", "checkpoint.keep=0",

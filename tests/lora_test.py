@@ -328,3 +328,22 @@ def test_a_restart_is_bit_equal_and_its_checkpoint_holds_adapters_alone(
   again, step = train(tmp_path / "b")
   assert step == 4
   jax.tree.map(np.testing.assert_array_equal, once, again)
+
+
+# --- what is said at the start ------------------------------------------------
+
+
+@pytest.mark.parametrize("capability, dtype, warned", [
+    ("7.5", "bfloat16", True), ("7.5", "float32", False),
+    ("8.0", "bfloat16", False), (None, "bfloat16", False)])
+def test_the_dtype_is_said_and_a_slow_one_warned_of(
+    capability, dtype, warned, caplog):
+  device = python_types.SimpleNamespace(device_kind="Tesla T4")
+  if capability is not None:
+    device.compute_capability = capability
+  with caplog.at_level("INFO"):
+    setup.say_precision(
+        {"compute_dtype": dtype, "param_dtype": "float32"}, device)
+  said = [(r.levelname, r.getMessage()) for r in caplog.records]
+  assert ("INFO", f"Tesla T4: products in {dtype}, weights in float32") in said
+  assert any(level == "WARNING" for level, _ in said) == warned

@@ -13,8 +13,8 @@ import models_streams
 import numpy as np
 import safetensors.numpy
 
-from mcpo_jax import errors
-from mcpo_jax.models import hf, shards
+from mcpo_jax import errors, sharding
+from mcpo_jax.models import hf, lora, peft, shards
 from mcpo_jax.models.config import ModelConfig
 
 CONFIG = ModelConfig(
@@ -216,6 +216,74 @@ ROWS = [
 ]
 
 
+# Adapters of a model in PEFT's format.
+Q = "base_model.model.model.layers.2.self_attn.q_proj.lora_{}.weight"
+
+
+def load_adapters(folder):
+  mesh = sharding.make_mesh(
+      data=1, fsdp=1, tensor=1, devices=jax.devices()[:1])
+  return peft.Adapters(folder).load(CONFIG, mesh, dtype=jnp.float32)
+
+
+def adapters_are(**changes):
+  return lambda folder: edit_json(folder / peft.CONFIG, **changes)
+
+
+def edit_adapters(change):
+  def edit(folder):
+    path = folder / peft.WEIGHTS
+    tensors = safetensors.numpy.load_file(path)
+    change(tensors)
+    safetensors.numpy.save_file(tensors, path)
+
+  return edit
+
+
+ADAPTER_ROWS = [
+    ("A5", lambda f: (f / peft.CONFIG).unlink(), "peft.config", peft.CONFIG),
+    ("A5", adapters_are(r=0), "peft.config", peft.CONFIG),
+    ("A5", adapters_are(r="4"), "peft.config", peft.CONFIG),
+    ("A5", adapters_are(lora_alpha=None), "peft.config", peft.CONFIG),
+    ("A5", adapters_are(target_modules=[]), "peft.config", peft.CONFIG),
+    ("A5", adapters_are(target_modules=["c_attn"]), "peft.config",
+     peft.CONFIG),
+    ("A5", adapters_are(target_modules="q_.*"), "peft.config", peft.CONFIG),
+    ("A6", adapters_are(peft_type="IA3"), "peft.feature", peft.CONFIG),
+    ("A6", adapters_are(use_dora=True), "peft.feature", peft.CONFIG),
+    ("A6", adapters_are(new_kind_of_adapter=3), "peft.feature", peft.CONFIG),
+    ("A7", adapters_are(r=4), "peft.tensor", "layers.0.self_attn.q_proj"),
+    ("A7", adapters_are(target_modules=["q_proj", "o_proj"]), "peft.tensor",
+     "o_proj"),
+    ("A7", edit_adapters(lambda t: t.pop(Q.format("A"))), "peft.tensor",
+     Q.format("A")),
+    ("A7", edit_adapters(lambda t: t.update(
+        {Q.format("B"): t[Q.format("B")].T.copy()})), "peft.tensor",
+     Q.format("B")),
+    ("A7", edit_adapters(lambda t: t.update(x=np.ones(2))), "peft.tensor",
+     "x"),
+    ("A8", edit_adapters(lambda t: t.update(
+        {Q.format("B"): nan_at(t[Q.format("B")])})), "hf.non_finite",
+     Q.format("B")),
+    ("A8", lambda f: (f / peft.WEIGHTS).unlink(), "hf.shard_missing",
+     peft.WEIGHTS),
+    ("A8", lambda f: (f / peft.WEIGHTS).rename(f / "adapter_model.bin"),
+     "hf.unsafe_format", ""),
+]
+
+
+@functools.cache
+def _kept_adapters() -> pathlib.Path:
+  params = make_params()
+  adapters = lora.init_adapters(
+      jax.random.key(0), params, rank=3, targets=("q_proj",))
+  folder = pathlib.Path(tempfile.mkdtemp(prefix="adapters")) / "model"
+  peft.save_adapters(
+      folder, lora.join(params, lora.join(adapters, lora.scales(adapters, 2))),
+      CONFIG, base="owner/base")
+  return folder
+
+
 @functools.cache
 def _kept() -> pathlib.Path:
   return export(pathlib.Path(tempfile.mkdtemp(prefix="models_folders")))
@@ -224,15 +292,18 @@ def _kept() -> pathlib.Path:
 def cases(case):
   """The rows as `case(id, make, error, slug, where, exit code)`."""
 
-  def make_of(spoil):
+  def make_of(spoil, kept, load):
     def make(base):
-      folder = pathlib.Path(shutil.copytree(_kept(), base / "model"))
+      folder = pathlib.Path(shutil.copytree(kept(), base / "model"))
       spoil(folder)
       return lambda: load(folder)
 
     return make
 
   return [
-      case(f"{name} {i}", make_of(spoil), errors.ModelDirError, slug, where, 4)
-      for i, (name, spoil, slug, where) in enumerate(ROWS)
+      case(f"{name} {i}", make_of(spoil, kept, how), errors.ModelDirError,
+           slug, where, 4)
+      for rows, kept, how in ((ROWS, _kept, load),
+                              (ADAPTER_ROWS, _kept_adapters, load_adapters))
+      for i, (name, spoil, slug, where) in enumerate(rows)
   ]

@@ -84,6 +84,7 @@ def open_run(
   keep_programs(cache)
   check_devices()
   mesh, sampler_mesh = open_meshes(config)
+  say_precision(config["model"], mesh.devices.flat[0])
   if config["model"]["remat"] == "offload":
     sharding.check_host_memory(mesh, "model.remat")
   if any(group["optimizer"]["offload"]
@@ -246,6 +247,23 @@ def check_devices() -> None:
         logging.warning(
             "this machine has a %s, but jax sees only the CPU: "
             "pip install 'mcpo_jax[%s]'", what, extra)
+
+
+def say_precision(options: dict[str, Any], device: jax.Device) -> None:
+  """Says in the log what is computed in, and warns where that is slow.
+
+  Args:
+    options: config.model.
+    device: one of those that compute.
+  """
+  capability = getattr(device, "compute_capability", None)  # of NVIDIA GPUs
+  logging.info("%s: products in %s, weights in %s", device.device_kind,
+               options["compute_dtype"], options["param_dtype"])
+  if options["compute_dtype"] == "bfloat16" and (
+      capability is not None and float(capability) < 8.0):
+    logging.warning(
+        "%s has no bfloat16 units: model.compute_dtype=float32 is faster, and "
+        "float16 cannot hold the gradients", device.device_kind)
 
 
 def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
