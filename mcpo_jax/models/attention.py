@@ -54,7 +54,7 @@ def stream_attention(
   parts = sharding.axis_size("context")
   if length % (parts * splash.LANES):  # the short prompts of a sampler
     parts = 1
-  tile = min(tiles.TILE, length)
+  tile = splash.LANES if _on_tpu() else min(tiles.TILE, length)
   fill = -length % tile
   pad = lambda x, value=0: jnp.pad(
       x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2), constant_values=value
@@ -108,15 +108,12 @@ def choose_kernel(
     "splash" on TPU, "cudnn" on NVIDIA GPUs, else "tiles". A TPU or GPU that
     has to do without its kernel is warned of, once, with the reason.
   """
-  kind = sharding.traced_devices()[0]
-  if kind == "cpu":
+  if sharding.traced_devices()[0] == "cpu":
     return "tiles"
-  if kind.startswith("TPU"):
+  if _on_tpu():
     kernel, refused = "splash", {
         f"{dtype} is not float32 or bfloat16":
             dtype not in (jnp.float32, jnp.bfloat16),
-        f"streams of {length} tokens are not a multiple of {splash.LANES}":
-            length % splash.LANES,
         f"streams of {length} tokens are longer than {splash.MAX_LENGTH}":
             length > splash.MAX_LENGTH,
     }
@@ -140,6 +137,10 @@ def choose_kernel(
     return kernel
   _warn(f"attention without the {kernel} kernel: {', '.join(reasons)}")
   return "tiles"
+
+
+def _on_tpu():
+  return sharding.traced_devices()[0].startswith("TPU")
 
 
 @functools.cache
