@@ -270,6 +270,17 @@ def traced_devices() -> tuple[str, int]:
   return mesh.abstract_device.device_kind, mesh.size
 
 
+def axes_that_split(size: int) -> tuple[str, ...]:
+  """The axes of the mesh in context over which an array axis of this size is
+  split: as many as divide it together, those that split weights first."""
+  mesh, axes = jax.sharding.get_abstract_mesh(), ()
+  for axis in ("tensor", "fsdp", "context", "data"):
+    more = (*axes, axis)
+    if not mesh.empty and not size % math.prod(mesh.shape[a] for a in more):
+      axes = more
+  return axes
+
+
 def constrain(x: jax.Array, *spec: Any) -> jax.Array:
   """Pins x to a spec of the mesh in context; without a mesh, x unchanged."""
   if jax.sharding.get_abstract_mesh().empty:

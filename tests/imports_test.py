@@ -17,7 +17,7 @@ FLOORS = [
     {"generation", "rewards", "checkpoints"},
     {"training", "evaluation"},
     {"stages"},
-    {"verbs", "compare"},
+    {"verbs", "compare", "planning"},
     {"main"},
     {"__main__"},
 ]

@@ -285,8 +285,7 @@ class Engine:
     # Slots of a group share the product with the prompt's keys, but those that
     # end early wait for the last: with a queue, half as many slots take turns.
     samples = max(len(job.waiting) for job in waiting)
-    width = min(_WIDEST, samples, max(1, self._num_slots // self._parts))
-    width = 2 ** (width.bit_length() - 1)
+    width = _width(samples, self._num_slots, self._parts)
     if sum(len(job.waiting) for job in waiting) > self._num_slots:
       width = max(1, width // 2)
     # What was compiled for will do: half the width, and pages of which no more
@@ -478,10 +477,49 @@ class Engine:
         raise refuse(field, f"{field} is out of range", got=value, want=want)
 
 
+class Layout(NamedTuple):
+  """Arguments of the sampler's functions, as numpy arrays."""
+
+  init: tuple[int, ...]
+  prompts: tuple[np.ndarray, ...]  # of prefill
+  slots: sampler.Slots  # of decode
+
+
+def full_layout(
+    mesh: Mesh, *, prompt_length: int, new_tokens: int, num_samples: int,
+    num_slots: int = 64,
+) -> Layout:
+  """How an engine lays out full slots, all with the longest prompt and sample.
+
+  Args:
+    mesh: of the engine.
+    prompt_length, new_tokens: the most there are.
+    num_samples: of a prompt.
+    num_slots: of the engine.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  width = _width(num_samples, num_slots, parts)
+  size = max(1, num_slots // (width * parts))
+  needed = _num_pages(np.zeros(prompt_length))
+  pages = max(_FEWEST, _rung(size * needed, 4))
+  span = _rung(needed, 2)
+  return Layout(
+      (size * parts, width, _ring(new_tokens), parts, pages, 1),
+      (np.zeros((parts, span * decoder.PAGE), np.int32),
+       np.zeros(parts, np.int32), np.zeros((parts, span), np.int32)),
+      _empty_slots(size * parts, width, MAX_STOP_IDS + 1, parts, pages))
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def _unstack(params, dtype):
   """Adapters are merged, once for the thousands of tokens to come."""
   return decoder.unstack_layers(lora.merge(params, dtype), dtype)
+
+
+def _width(samples: int, num_slots: int, parts: int) -> int:
+  """Slots of a group for so many samples of a prompt."""
+  width = min(_WIDEST, samples, max(1, num_slots // parts))
+  return 2 ** (width.bit_length() - 1)
 
 
 def _rung(number: int, steps: int) -> int:

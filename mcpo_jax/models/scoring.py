@@ -71,7 +71,7 @@ def _risk(seen):
   ref_log_probs = seen.reference.log_probs
   gaps = ref_log_probs - seen.policy.log_probs
   threshold = jnp.quantile(
-      jax.lax.stop_gradient(gaps),
+      _whole_laws(jax.lax.stop_gradient(gaps)),
       1.0 - seen.confidence,
       axis=-1,
       keepdims=True,
@@ -80,9 +80,14 @@ def _risk(seen):
   return jnp.sum(jnp.exp(ref_log_probs) * kept, axis=-1)
 
 
+def _whole_laws(x):
+  """x [S, ..., V] with the law of a token on one device, for what sorts it."""
+  return sharding.constrain(x, *sharding.BATCH_SPEC)
+
+
 def _top_log_probs(seen):
   """[..., k] of the most probable tokens, without gradient."""
-  log_probs = jax.lax.stop_gradient(seen.policy.log_probs)
+  log_probs = _whole_laws(jax.lax.stop_gradient(seen.policy.log_probs))
   return jax.lax.top_k(log_probs, min(TOP_K, log_probs.shape[-1]))[0]
 
 
@@ -214,6 +219,9 @@ def token_values(
         objective_params if set(terms) & set(MASK_TERMS) else None,
         **how,
     )
+  heads = [decoder.split_head(params, config, hidden.dtype)]
+  if ref_hidden is not None:
+    heads.append(decoder.split_head(reference, reference_config, hidden.dtype))
   tokens, wanted = _parts(streams.tokens), _parts(streams.completion_mask)
   order = jnp.argsort(~wanted, axis=1)  # stable: scored tokens first, in order
   take = lambda x: jnp.take_along_axis(x, order, axis=1)
@@ -238,10 +246,10 @@ def token_values(
 
   def values(chunk):
     tokens, _, hidden, ref_hidden, masks = chunk
-    policy = _law(params, config, hidden, tokens)
+    policy = _law(heads[0], config, hidden, tokens)
     law = None
     if ref_hidden is not None:
-      law = _law(reference, reference_config, ref_hidden, tokens)
+      law = _law(heads[1], reference_config, ref_hidden, tokens)
     seen = _Seen(policy, law, masks, confidence)
     out = {"logps": policy.logps}
     return out | {name: TERMS[name](seen) for name in terms}
@@ -322,8 +330,13 @@ def _check_terms(terms, reference, confidence, objective_params):
         raise ValueError(f"the term {name!r} needs {what}")
 
 
-def _law(params, config, hidden, tokens):
-  logits = decoder.head_logits(params, config, hidden)
+def _law(head, config, hidden, tokens):
+  axes = sharding.axes_that_split(config.vocab_size)
+  if axes:  # every device has all tokens, and its part of the vocabulary
+    hidden = sharding.constrain(hidden)
+  logits = decoder.head_logits(head, config, hidden)
+  if axes:
+    logits = sharding.constrain(logits, None, None, axes)
   return _Law(logits, jax.nn.logsumexp(logits, axis=-1), tokens)
 
 

@@ -90,19 +90,7 @@ def open_run(
   if any(group["optimizer"]["offload"]
          for group in (config, config["sft"], config["reward_model"])):
     sharding.check_host_memory(mesh, "optimizer.offload")
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config["data"]["num_streams"] % parts:
-    raise errors.ConfigError(
-        "config.divisible", "the streams of a chunk are split over the data "
-        "and fsdp axes", where="data.num_streams",
-        got=config["data"]["num_streams"],
-        want=f"a multiple of data x fsdp = {parts}")
-  block, length = 128 * mesh.shape["context"], config["data"]["stream_length"]
-  if mesh.shape["context"] > 1 and length % block:
-    raise errors.ConfigError(
-        "config.divisible", "the tokens of a stream are split over the context "
-        "axis, 128 side by side at least", where="data.stream_length",
-        got=length, want=f"a multiple of 128 x context = {block}")
+  check_streams(config, mesh)
   model_dir = None
   if config["model"]["path"]:
     model_dir = resolve_once(
@@ -419,23 +407,8 @@ def open_model(
         "hf.vocab", "the tokenizer has more ids than the model has embeddings",
         where=str(start_dir), got=run.tokenizer.vocab_size,
         want=f"<= {config.vocab_size}")
-  data = run.config["data"]
-  needed = data["max_prompt_length"] + data["max_completion_length"]
-  if needed > config.max_positions:
-    raise errors.ConfigError(
-        "config.length", "max_prompt_length + max_completion_length exceeds "
-        "the model's context", where="data.max_completion_length", got=needed,
-        want=f"<= {config.max_positions}")
-  dtype = jnp.dtype(options["param_dtype"])
-  shapes = decoder.param_shapes(config, dtype=dtype)
-  shardings = sharding.infer_shardings(shapes, decoder.PARAM_RULES, run.mesh)
-  shapes = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, shardings)
-  model = stage_lib.Model(
-      config, run.mesh, shapes, jnp.dtype(options["compute_dtype"]),
-      options["remat"], data["num_streams"], data["stream_length"],
-      run.tokenizer.pad_id)
+  model = lay_out(run.config, config, run.mesh, run.tokenizer.pad_id)
+  shardings, dtype = model.param_shardings, jnp.dtype(options["param_dtype"])
 
   def start() -> types.Params:
     if start_dir is not None:
@@ -488,6 +461,60 @@ def open_trained(
       trained)
   return (model._replace(param_shapes=shapes, frozen=frozen),
           lambda: jax.tree.map(jnp.copy, trained), lambda: policy)
+
+
+def lay_out(
+    config: dict[str, Any], model: config_lib.ModelConfig,
+    mesh: jax.sharding.Mesh, pad_id: int,
+) -> stage_lib.Model:
+  """An architecture on a mesh; nothing is allocated.
+
+  Raises:
+    ConfigError: config.length for sequences beyond the model's context;
+      config.divisible for a mesh that its heads, weights or streams do not fit.
+  """
+  data, options = config["data"], config["model"]
+  needed = data["max_prompt_length"] + data["max_completion_length"]
+  if needed > model.max_positions:
+    raise errors.ConfigError(
+        "config.length", "max_prompt_length + max_completion_length exceeds "
+        "the model's context", where="data.max_completion_length", got=needed,
+        want=f"<= {model.max_positions}")
+  check_streams(config, mesh)
+  tensor = mesh.shape["tensor"]
+  if model.num_heads % tensor or model.num_kv_heads % tensor:
+    raise errors.ConfigError(
+        "config.divisible", "the tensor axis splits heads", where="mesh.tensor",
+        got=tensor, want=f"a divisor of {model.num_heads} query and "
+        f"{model.num_kv_heads} key-value heads")
+  shapes = decoder.param_shapes(model, dtype=jnp.dtype(options["param_dtype"]))
+  shapes = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes, sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh))
+  return stage_lib.Model(
+      model, mesh, shapes, jnp.dtype(options["compute_dtype"]),
+      options["remat"], data["num_streams"], data["stream_length"], pad_id)
+
+
+def check_streams(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
+  """Refuses a chunk that the mesh cannot split.
+
+  Raises:
+    ConfigError: config.divisible.
+  """
+  parts = mesh.shape["data"] * mesh.shape["fsdp"]
+  if config["data"]["num_streams"] % parts:
+    raise errors.ConfigError(
+        "config.divisible", "the streams of a chunk are split over the data "
+        "and fsdp axes", where="data.num_streams",
+        got=config["data"]["num_streams"],
+        want=f"a multiple of data x fsdp = {parts}")
+  block, length = 128 * mesh.shape["context"], config["data"]["stream_length"]
+  if mesh.shape["context"] > 1 and length % block:
+    raise errors.ConfigError(
+        "config.divisible", "the tokens of a stream are split over the context "
+        "axis, 128 side by side at least", where="data.stream_length",
+        got=length, want=f"a multiple of 128 x context = {block}")
 
 
 def schedule_of(run: Run) -> loop.Schedule:

@@ -1,0 +1,143 @@
+"""What devices send each other, counted in a compiled program's text.
+
+The text of a partitioned program has the shapes of one device. A scanned body
+stands in it once; here it counts as often as it runs.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+_KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all",
+          "ragged-all-to-all", "collective-permute")
+_BITS = {"pred": 8, "bf16": 16, "f16": 16}  # others end with their bits
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_OPERATION = re.compile(r"(?:^|[\s)}])([a-z][\w\-]*)\(")
+_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation"
+    r"|async_computation)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+class Collective(NamedTuple):
+  """One instruction."""
+
+  kind: str  # a name of _KINDS
+  payload: int  # bytes of the whole array: gathered, or not yet scattered
+  group: int  # devices that take part together
+  times: int  # that it runs
+  largest: int  # elements of its largest array
+
+  @property
+  def traffic(self) -> float:
+    """Bytes that a device receives in all its runs, sent around rings."""
+    share = (self.group - 1) / self.group
+    if self.kind == "collective-permute":
+      share = 1.0
+    elif self.kind == "all-reduce":  # scattered, then gathered
+      share *= 2
+    return self.times * self.payload * share
+
+
+def count(text: str, num_devices: int) -> list[Collective]:
+  """The collectives of a program.
+
+  Args:
+    text: `compiled.as_text()`.
+    num_devices: that the program runs on.
+
+  Returns:
+    One entry for each instruction and each number of its runs. Of the branches
+    of a conditional all are counted, of a loop of unknown length one run.
+  """
+  computations, entry = _split(text)
+  found: list[Collective] = []
+
+  def walk(name: str, times: int) -> None:
+    for line in computations.get(name, ()):
+      operation = _OPERATION.search(_INSTRUCTION.match(line)[2])
+      operation = operation[1] if operation else ""
+      trips = _TRIPS.search(line)
+      inner = times * (int(trips[1]) if trips else 1)
+      kind = operation.removesuffix("-start")
+      if kind in _KINDS:
+        found.append(_collective(kind, line, num_devices, times))
+        continue  # what it applies is a sum
+      for called in _CALLED.findall(line):
+        walk(called, inner)
+      for several in _BRANCHES.findall(line):
+        for called in several.split(","):
+          walk(called.strip().lstrip("%"), inner)
+
+  walk(entry, 1)
+  return found
+
+
+def payloads(collectives: list[Collective]) -> dict[str, int]:
+  """Bytes of each kind, in all runs."""
+  out: dict[str, int] = {}
+  for one in collectives:
+    out[one.kind] = out.get(one.kind, 0) + one.times * one.payload
+  return out
+
+
+def _split(text: str) -> tuple[dict[str, list[str]], str]:
+  """Computation -> its instructions, and the entry's name."""
+  computations: dict[str, list[str]] = {}
+  entry, lines = "", None
+  for line in text.splitlines():
+    if lines is None:
+      head = _COMPUTATION.match(line)
+      if head and not line.startswith("HloModule"):
+        lines = computations[head[2]] = []
+        entry = head[2] if head[1] else entry
+    elif line.startswith("}"):
+      lines = None
+    elif _INSTRUCTION.match(line):
+      lines.append(line)
+  return computations, entry
+
+
+def _collective(
+    kind: str, line: str, num_devices: int, times: int
+) -> Collective:
+  result, _, rest = line.partition(f" {kind}")
+  arrays = [(_bytes(*array), math.prod(_sizes(array[1])))
+            for array in _ARRAY.findall(result)]
+  group = _group(line, num_devices)
+  if rest.startswith("-start") and kind != "all-reduce" and len(arrays) > 1:
+    # (operands, results, ...): of both halves the larger one is whole.
+    half = len(arrays) // 2
+    halves = (sum(b for b, _ in arrays[:half]),
+              sum(b for b, _ in arrays[half:2 * half]))
+    whole = max(halves)
+  else:
+    whole = sum(b for b, _ in arrays)
+    if kind == "reduce-scatter":
+      whole *= group
+  return Collective(
+      kind, whole, group, times, max((n for _, n in arrays), default=0))
+
+
+def _sizes(text: str) -> list[int]:
+  return [int(n) for n in text.split(",") if n]
+
+
+def _bytes(kind: str, sizes: str) -> int:
+  bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
+  return math.prod(_sizes(sizes)) * bits // 8
+
+
+def _group(line: str, num_devices: int) -> int:
+  """Devices of a replica group, in any of the ways to write them."""
+  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
+    return int(found[2])  # [groups, devices of each]<=[...]
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return len(_sizes(found[1]))
+  if found := re.search(r"replica_groups=\w+\[([^\]]*)\]\s*\{([^}]*)\}", line):
+    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    return math.prod(int(axes[a]) for a in re.findall(r"'(\w+)'", found[2]))
+  return num_devices

@@ -1,0 +1,126 @@
+"""Plans: collectives of the real step, topologies, memory before compiling."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import training_cases as cases
+
+from mcpo_jax import errors, sharding
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder
+from mcpo_jax.planning import collectives, programs, topology
+from mcpo_jax.training import stage as stage_lib
+
+needs_eight = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight (simulated) devices")
+
+
+# Llama 3.2 1B with a head of its own.
+CONFIG = config_lib.ModelConfig(
+    family="llama", vocab_size=128256, hidden_size=2048, num_layers=16,
+    num_heads=32, num_kv_heads=8, head_dim=64, intermediate_size=8192,
+    max_positions=8192)
+
+
+@functools.cache
+def train_program(fsdp, tensor):
+  """The MC-PO step's gradient at 1B shapes, four chunks of the head, compiled
+  for 8 devices: weights and program."""
+  mesh = sharding.make_mesh(data=-1, fsdp=fsdp, tensor=tensor)
+  shapes = decoder.param_shapes(CONFIG)
+  placed = sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh)
+  shapes = jax.tree.map(programs.place, shapes, placed)
+  model = stage_lib.Model(
+      CONFIG, mesh, shapes, jnp.float32, "full", 8, 1024, 0)
+  stage = cases.stage("mcpo")._replace(num_slots=3, num_examples=20)
+  batch = programs.make_batch(
+      batch_size=5, num_slots=3, prompt_length=20, completion_length=20)
+  found = programs.training_programs(
+      stage, model, stage_lib.make_functions(stage, model), batch)
+  return programs.size(shapes), programs.compile_program(
+      "train", *found["train"], mesh)
+
+
+HLO = """HloModule jit_f
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %g = bf16[16,4] all-gather(%x), replica_groups={{0,1},{2,3}}
+  %s = f32[4,4]{1,0} reduce-scatter(%y), replica_groups=[2,2]<=[4]
+  ROOT %t = (s32[], f32[8,4]) tuple(%i, %z)
+}
+
+ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %w = (s32[]) while(%i), body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %ags = (f32[2,4], f32[8,4]) all-gather-start(%p), replica_groups=[1,4]<=[4]
+  %agd = f32[8,4]{1,0} all-gather-done(%ags)
+  ROOT %r = (f32[8,4], f32[3]) all-reduce(%agd, %v), replica_groups=mesh['a'=2,'b'=2] {'b'}
+}
+"""
+
+
+def test_collectives_of_a_program_are_counted_by_hand():
+  found = {one.kind + str(one.times): one
+           for one in collectives.count(HLO, 4)}
+  assert set(found) == {
+      "all-gather7", "reduce-scatter7", "all-gather1", "all-reduce1"}
+  gathered = found["all-gather7"]
+  assert (gathered.payload, gathered.group, gathered.largest) == (128, 2, 64)
+  assert gathered.traffic == 7 * 128 / 2
+  scattered = found["reduce-scatter7"]
+  assert (scattered.payload, scattered.group) == (2 * 64, 2)
+  assert found["all-gather1"].payload == 128
+  assert found["all-gather1"].traffic == 128 * 3 / 4
+  reduced = found["all-reduce1"]
+  assert (reduced.payload, reduced.group) == (128 + 12, 2)
+  assert reduced.traffic == 140  # twice around half of the ring
+  assert collectives.payloads(list(found.values())) == {
+      "all-gather": 7 * 128 + 128, "reduce-scatter": 7 * 128,
+      "all-reduce": 140}
+
+
+@pytest.mark.parametrize("name, chip, slices, devices", [
+    ("v5e:4x4", "v5e", 1, 16), ("2xv5e:4x4", "v5e", 2, 32),
+    ("v5p:2x2x4", "v5p", 1, 16), ("tpu7x:2x2x1", "tpu7x", 1, 8),
+    ("h200:8", "h200", 1, 8), ("2xh100:8", "h100", 2, 16),
+])
+def test_a_topology_is_read_from_its_name(name, chip, slices, devices):
+  found = topology.parse(name)
+  assert (found.chip, found.slices, found.num_devices) == (
+      chip, slices, devices)
+
+
+@pytest.mark.parametrize("name", [
+    "v5e", "v5e:16", "v5litepod-16", "v5e:4x4x4", "v5p:4x4", "v9:4x4",
+    "h200:2x4", "0xv5e:4x4", "v5e:0x4", "h200:", ""])
+def test_an_unknown_topology_names_those_there_are(name):
+  with pytest.raises(errors.ConfigError) as caught:
+    topology.parse(name)
+  assert caught.value.slug == "plan.topology"
+  assert "v5e:4x4" in str(caught.value) and "h200:8" in str(caught.value)
+
+
+@needs_eight
+def test_fully_sharded_training_sends_the_weights_three_times_and_no_more():
+  """Gathered forward and backward, gradients scattered. XLA:CPU writes a
+  scattered sum as a whole one, of which each device keeps its part."""
+  weights, program = train_program(8, 1)
+  sent = collectives.payloads(program.collectives)
+  assert sent["all-gather"] > 1.3 * weights
+  assert sum(sent.values()) <= 1.1 * 3 * weights
+
+
+@needs_eight
+@pytest.mark.parametrize("fsdp, tensor", [(8, 1), (2, 2)])
+def test_logits_stay_split_over_the_vocabulary(fsdp, tensor):
+  _, program = train_program(fsdp, tensor)
+  assert f"f32[2048,{CONFIG.vocab_size // 8}]" in program.text
+  wide = [line for line in program.text.splitlines()
+          if re.search(r" (all-gather|all-reduce)(-start)?\(", line)
+          and re.search(rf"= f32\[.*\b{CONFIG.vocab_size}\b.*\]", line)]
+  assert not wide
