@@ -56,10 +56,10 @@ HLO = """HloModule jit_f
 }
 
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
-  %w = (s32[]) while(%i), body=%body, backend_config={"known_trip_count":{"n":"7"}}
+  %w = s32[] while(%i), body=%body, b={"known_trip_count":{"n":"7"}}
   %ags = (f32[2,4], f32[8,4]) all-gather-start(%p), replica_groups=[1,4]<=[4]
   %agd = f32[8,4]{1,0} all-gather-done(%ags)
-  ROOT %r = (f32[8,4], f32[3]) all-reduce(%agd, %v), replica_groups=mesh['a'=2,'b'=2] {'b'}
+  %r = (f32[8,4], f32[3]) all-reduce(%v), replica_groups=m['a'=2,'b'=2] {'b'}
 }
 """
 

@@ -408,10 +408,10 @@ class Engine:
   def _copy(self, params: Params) -> Params:
     """The weights as the kernels read them, on this engine's devices."""
     if self._mesh is None:
-      return _unstack(params, self._dtype)
+      return unstack(params, self._dtype)
     placed = sharding.infer_shardings(params, decoder.PARAM_RULES, self._mesh)
     params = jax.device_put(params, placed)
-    return _unstack(params, self._dtype)
+    return unstack(params, self._dtype)
 
   # --- what can be served -----------------------------------------------------
 
@@ -511,7 +511,7 @@ def full_layout(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _unstack(params, dtype):
+def unstack(params, dtype):
   """Adapters are merged, once for the thousands of tokens to come."""
   return decoder.unstack_layers(lora.merge(params, dtype), dtype)
 

@@ -129,7 +129,7 @@ def split_head(params: Params, config: ModelConfig, dtype: Any) -> Params:
   # First over the axes that weights are split over: in one step XLA would
   # gather the head to get there (jax 0.10.2).
   split = lambda x, *before: sharding.constrain(
-      sharding.constrain(x.astype(dtype), *before, axes[:2]), *before, axes
+      sharding.constrain(x.astype(dtype), *before, axes[:3]), *before, axes
   )
   if config.tied_head:
     return {"embed": {"embedding": split(params["embed"]["embedding"])}}

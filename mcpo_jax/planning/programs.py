@@ -16,7 +16,6 @@ import numpy as np
 from mcpo_jax import sharding, types
 from mcpo_jax.data import packing
 from mcpo_jax.generation import engine, sampler
-from mcpo_jax.models import decoder
 from mcpo_jax.planning import collectives
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
@@ -84,7 +83,7 @@ def training_streams(model: stage_lib.Model) -> types.Streams:
   shape = model.num_streams, model.stream_length
   dtypes = types.Streams(*(np.int32,) * 4, np.bool_, np.int32)
   return place(types.Streams(*(jax.ShapeDtypeStruct(shape, t) for t in dtypes)),
-               sharding.batch_sharding(model.mesh))
+               sharding.stream_sharding(model.mesh))
 
 
 def training_programs(
@@ -119,13 +118,14 @@ def training_programs(
   known = stage.scores_pool and not stage.entry.terms
   out = {"update": (functions.update, (state, total, inputs, state.memory))}
   if stage.scores_pool:
-    out["score"] = functions.score, (state.params, streams, sets)
+    out["score"] = functions.score, (
+        model.policy(state.params), streams, sets)
   if not known and stage.entry.separable:
     out["train"] = functions.from_loss, (
-        state.params, (), total, streams, inputs, present)
+        state.params, model.frozen, (), total, streams, inputs, present)
   else:
     out["train"] = functions.from_cotangents, (
-        state.params, (), total, streams, inputs, values)
+        state.params, model.frozen, (), total, streams, inputs, values)
   return out
 
 
@@ -153,8 +153,8 @@ def sampler_programs(
       num_samples=num_samples)
   kernels = sampler.make_kernels(model.config, compute_dtype=dtype, mesh=mesh)
   with jax.set_mesh(mesh):
-    unstack = jax.jit(decoder.unstack_layers, static_argnums=1)
-    weights = _shapes_of(unstack, model.param_shapes, dtype)
+    policy = model.policy(model.param_shapes)
+    weights = _shapes_of(engine.unstack, policy, dtype)
     memory = _shapes_of(kernels.init, *layout.init)
   split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   put = lambda tree: jax.tree.map(
