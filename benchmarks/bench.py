@@ -12,8 +12,8 @@ shape, the second is timed from step --warmup on, and must compile nothing. The
 figures: rows (of dpo: pairs; of generate: new tokens) per second of CPU time of
 this process and of wall time; `first`, sum-logps of the first four completions
 of the first row, and `logps_chosen_first`, the mean of the first batch's
-preferred ones, both before any update; ideal_gflops_per_cpu_s, FLOPs that the
-mathematics needs; compile_s, CPU time that the first pass took more; shapes
+preferred ones, both before any update; ideal_gflops, FLOPs that the mathematics
+needs, per second; compile_s, CPU time that the first pass took more; shapes
 (the most that a function has seen), recompiles of the timed part, peak_rss_mb,
 and own_cores.
 """
@@ -29,9 +29,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # this tree's code, whatever is installed
 
 import jax  # noqa: E402
-import numpy as np  # noqa: E402
 
 from benchmarks import generate, workload  # noqa: E402
+from mcpo_jax.stages import references  # noqa: E402
 from mcpo_jax.training import stage as stage_lib  # noqa: E402
 from mcpo_jax.training import update  # noqa: E402
 
@@ -84,12 +84,6 @@ def rates(name: str, count: float, cpu: float, wall: float) -> dict[str, float]:
           "own_cores": round(cpu / wall, 2)}
 
 
-def first_logps(logps: np.ndarray) -> dict:
-  """What tells whether two programs compute the same function."""
-  return {"first": logps[0, :4].tolist(),
-          "logps_chosen_first": float(logps[:, 0].mean())}
-
-
 def open_job(args: argparse.Namespace) -> tuple[workload.Job, list]:
   """The job of the command line, and its sets."""
   candidates = 1 if args.what == "dpo" else args.candidates
@@ -104,33 +98,14 @@ def open_job(args: argparse.Namespace) -> tuple[workload.Job, list]:
   return job, sets
 
 
-def ideal_flops(
-    args: argparse.Namespace, job: workload.Job, sets: list
-) -> float:
-  """What the mathematics needs: the backward pass costs two forward ones."""
-  pool = workload.ideal_flops(job, sets, 1 + args.candidates)
-  if args.what == "score":
-    return pool
-  pair = workload.ideal_flops(job, sets, 2)
-  whole = pair if args.what == "dpo" else pool
-  scored = whole * (args.reference == "resident")
-  return 3 * pair + scored + (pool if args.what == "mcpo" else 0)
-
-
 def run_steps(args: argparse.Namespace) -> dict:
   """dpo, mcpo and score."""
   compiled = Compilations()
   job, sets = open_job(args)
   starts = range(0, len(sets), args.batch)
   batch_of = lambda row: workload.make_batch(sets[row:row + args.batch], row)
-  params = job.start()
-
-  def sequence_logps(batch):
-    values = update.score_chunks(
-        job.model, job.functions, params, batch,
-        job.model.put_replicated(batch.meta), job.model.pack_all(batch))
-    return np.asarray(values.logps)
-
+  policy = job.start_policy()
+  sequence_logps = references.host_sequence_logps(job.model, policy)
   first = sequence_logps(batch_of(0))
   reference = stage_lib.Reference(sequence_logps)
   if args.what != "score" and args.reference == "given":
@@ -138,23 +113,26 @@ def run_steps(args: argparse.Namespace) -> dict:
     reference = stage_lib.Reference(lambda batch: known[int(batch.rows[0])])
 
   def run_training():
-    state = job.functions.init(jax.tree.map(lambda x: x.copy(), params))
+    state, flops = job.functions.init(job.start()), 0.0
     for i, row in enumerate(starts):
       if i == args.warmup:
         jax.block_until_ready(state)
-        clock = Clock()
+        clock, flops = Clock(), 0.0
       state, metrics = update.run_step(
           job.stage, job.model, job.functions, state, batch_of(row), reference)
-      jax.device_get(metrics)
+      flops += jax.device_get(metrics)["flops"]
     jax.block_until_ready(state)
-    return clock.read()
+    return *clock.read(), flops
 
   def run_scoring():
     for i, row in enumerate(starts):
       if i == args.warmup:
         clock = Clock()
-      sequence_logps(batch_of(row))
-    return clock.read()
+      batch = batch_of(row)
+      jax.block_until_ready(update.score_chunks(
+          job.model, job.functions, policy, batch,
+          job.model.put_replicated(batch.meta), job.model.pack_all(batch)))
+    return *clock.read(), 0.0
 
   run = run_scoring if args.what == "score" else run_training
   whole = Clock()
@@ -162,15 +140,16 @@ def run_steps(args: argparse.Namespace) -> dict:
   first_pass, before = whole.read()[0], compiled.count
   forget_peak_memory()
   whole = Clock()
-  cpu, wall = run()
-  compile_s = first_pass - whole.read()[0]
-  memory = peak_memory()
+  cpu, wall, flops = run()
+  memory, compile_s = peak_memory(), first_pass - whole.read()[0]
   timed = sets[args.batch * args.warmup:]
+  if args.what == "score" or args.reference == "resident":
+    flops += workload.ideal_flops(job, timed)
   return {
       **rates("pairs" if args.what == "dpo" else "rows", len(timed), cpu, wall),
-      "ideal_gflops_per_cpu_s": round(
-          ideal_flops(args, job, timed) / cpu / 1e9, 1),
-      **first_logps(first),
+      **rates("ideal_gflops", flops / 1e9, cpu, wall),
+      "first": first[0, :4].tolist(),
+      "logps_chosen_first": float(first[:, 0].mean()),
       "compile_s": round(compile_s, 1),
       "shapes": max(f._cache_size() for f in job.functions
                     if hasattr(f, "_cache_size")),

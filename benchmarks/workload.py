@@ -11,19 +11,22 @@ import json
 import math
 import pathlib
 import types as std_types
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from configs import default
-from mcpo_jax import main, settings, types
+from mcpo_jax import main, settings, sharding, types
 from mcpo_jax.models import flops
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import setup, step
 from mcpo_jax.training import stage as stage_lib
 
 LONGEST = 512  # prompt tokens, and completion tokens
+# Of the one stream of a chunk; what a batch leaves is packed into shorter ones.
+STREAM_LENGTH = 4096
 
 # Llama shapes; the last two are those of Llama 3.2 1B and Llama 3.1 8B.
 PRESETS = {
@@ -48,7 +51,8 @@ class Job(NamedTuple):
   stage: stage_lib.Stage
   model: stage_lib.Model
   functions: step.StepFunctions
-  start: Any  # () -> params
+  start: Callable[[], types.Params]  # fresh arrays of what is trained
+  start_policy: Callable[[], types.Params]
 
 
 def make_set(
@@ -112,6 +116,7 @@ def open_job(
     objective: str, *, batch_size: int, num_examples: int, num_slots: int,
     preset: str | None = None, folder: pathlib.Path | None = None,
     overrides: Sequence[tuple[str, str]] = (),
+    devices: Sequence[jax.Device] | None = None,
 ) -> Job:
   """The preference stage of the default config with some keys changed.
 
@@ -123,6 +128,7 @@ def open_job(
     preset: the shape of the model; or
     folder: Hugging Face weights.
     overrides: (dotted config key, text), as on the command line.
+    devices: the mesh's; all of them by default.
   """
   config = default.get_config()
   config.update_from_flattened_dict({
@@ -132,7 +138,7 @@ def open_job(
       "optimizer.warmup_ratio": 0.0, "data.path": "data.jsonl",
       "data.max_prompt_length": LONGEST,
       "data.max_completion_length": LONGEST,
-      "data.stream_length": 2 * LONGEST,
+      "data.num_streams": 1, "data.stream_length": STREAM_LENGTH,
       "model.max_position_embeddings": 4 * LONGEST})
   for key, text in overrides:
     main.override(config, key, text)
@@ -144,18 +150,19 @@ def open_job(
   config = settings.resolve(config.to_dict())
   tokenizer = std_types.SimpleNamespace(
       vocab_size=vocab_size, pad_id=0, bos_id=1, stop_ids=(2,))
-  mesh, _ = setup.open_meshes(config)
+  mesh = sharding.make_mesh(**config["mesh"], devices=devices)
   here = pathlib.Path()
   run = setup.Run(config, here, here, mesh, folder, tokenizer)
-  model, start = setup.open_model(run, folder)
+  model, start, start_policy = setup.open_trained(
+      run, *setup.open_model(run, folder))
   stage = setup.stage_of(
       config, num_examples, supervised=False, num_slots=num_slots)
-  return Job(stage, model, stage_lib.make_functions(stage, model), start)
+  functions = stage_lib.make_functions(stage, model)
+  return Job(stage, model, functions, start, start_policy)
 
 
-def ideal_flops(job: Job, sets: list[types.CandidateSet], count: int) -> float:
-  """Of one forward pass over the first `count` completions of each set, with
-  every prompt once, no padding and the head on scored tokens alone."""
+def ideal_flops(job: Job, sets: list[types.CandidateSet]) -> float:
+  """Of one forward pass over the sets."""
   return flops.pass_flops(
       job.model.config, sets,
-      [np.arange(min(count, len(one.completions))) for one in sets])
+      [np.arange(len(one.completions)) for one in sets])
