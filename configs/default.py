@@ -121,10 +121,10 @@ def get_config() -> ml_collections.ConfigDict:
   model.param_dtype = "float32"
   # Of the matrix products; log-probs and losses are float32 either way.
   model.compute_dtype = "float32"
-  # Recompute in the backward pass: "none", "dots" (all but matrix products),
-  # "offload" (the same, products wait in the host's memory) or "full" (whole
-  # layers).
-  model.remat = "none"
+  # Recompute in the backward pass: "none", "dots" (all but matrix products and
+  # attention), "offload" (all but products, which wait in the host's memory) or
+  # "full" (whole layers).
+  model.remat = "dots"
 
   # --- LoRA: the preference stage trains adapters beside frozen weights -------
   # The stages sft and reward_model train all weights. Adapters are float32.

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as fused
+from jax.ad_checkpoint import checkpoint_name
 
-from mcpo_jax.models.spans import Slots
+from mcpo_jax.models.spans import OUTPUT, Slots
 
 RUN_LENGTH = 128  # tokens of a run, on average at least
 NAME = "__cudnn$fmha"  # part of the kernel's name in a compiled program
@@ -115,7 +116,8 @@ def _forward(q, k, v, parts, scale):
   out = sum(
       x.astype(jnp.float32) * jnp.exp(y - lse)[..., None]
       for x, y in zip(outs, sums)
-  ).astype(q.dtype)
+  )
+  out, lse = checkpoint_name((out.astype(q.dtype), lse), OUTPUT)
   return out, (q, k, v, parts, out, lse)
 
 

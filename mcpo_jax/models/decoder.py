@@ -27,17 +27,21 @@ PARAM_RULES = parameters.PARAM_RULES
 init_params = parameters.init_params
 param_shapes = parameters.param_shapes
 
+_policies = jax.checkpoint_policies
 REMAT = {
     "none": lambda body: body,
     "dots": lambda body: jax.checkpoint(
         body,
         prevent_cse=False,
-        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        policy=_policies.save_from_both_policies(
+            _policies.dots_with_no_batch_dims_saveable,
+            _policies.save_only_these_names(spans.OUTPUT),
+        ),
     ),
     "offload": lambda body: jax.checkpoint(
         body,
         prevent_cse=False,
-        policy=jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        policy=_policies.offload_dot_with_no_batch_dims(
             "device", sharding.HOST_MEMORY
         ),
     ),
@@ -64,8 +68,8 @@ def hidden_states(
     streams: [S, T] each.
     compute_dtype: of products and activations; norms and softmax are computed
       in float32 at least.
-    remat: "none", "dots" (keep products), "offload" (keep them in the hosts'
-      memory) or "full" (keep each layer's input).
+    remat: "none", "dots" (keep products and attention), "offload" (keep
+      products in the hosts' memory) or "full" (keep each layer's input).
 
   Returns:
     [S, T, D] in compute_dtype; finite, of no meaning, on padding.

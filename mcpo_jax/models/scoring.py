@@ -6,6 +6,7 @@ the policy's or of the policy's and the reference's. The laws are looked at
 chunk by chunk; logits of all tokens never exist at once.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -143,7 +144,7 @@ def token_logps(
     *,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
-    head_chunk: int = 2048,
+    head_chunk: int | None = None,
 ) -> jax.Array:
   """The log-probability of every scored token.
 
@@ -153,7 +154,8 @@ def token_logps(
     streams: [S, T] each.
     compute_dtype: of products and activations.
     remat: see decoder.hidden_states.
-    head_chunk: tokens, over all streams, whose logits exist at once.
+    head_chunk: tokens, over all streams, whose logits exist at once; None: as
+      many as the devices run fast.
 
   Returns:
     [S, T] float32 nats (float64 if compute_dtype is); 0 where completion_mask
@@ -182,7 +184,7 @@ def token_values(
     objective_params: Params | None = None,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
-    head_chunk: int = 2048,
+    head_chunk: int | None = None,
 ) -> dict[str, jax.Array]:
   """The log-probability and the terms of every scored token.
 
@@ -228,6 +230,7 @@ def token_values(
   num_streams, length = tokens.shape
   take_states = _sources(streams, take)
 
+  head_chunk = head_chunk or _head_chunk()
   width = min(length, max(1, head_chunk // num_streams))
   chunks = -(-length // width)
 
@@ -268,6 +271,14 @@ def token_values(
     return x.reshape(streams.tokens.shape)
 
   return jax.tree.map(join, out)
+
+
+def _head_chunk():
+  """Tokens of a chunk: few on a CPU, whose cache then holds the logits, and
+  elsewhere enough that a product is worth reading the head for."""
+  kind, _ = sharding.traced_devices()
+  devices = math.prod(map(sharding.axis_size, ("data", "fsdp", "context")))
+  return devices * (256 if kind == "cpu" else 1024)
 
 
 def _parts(x):
@@ -382,7 +393,7 @@ def sequence_features(
     objective_params: Params | None = None,
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
-    head_chunk: int = 2048,
+    head_chunk: int | None = None,
 ) -> Features:
   """Log-probabilities and terms of every candidate.
 
@@ -516,7 +527,7 @@ def held_out_values(
     sets: SetBatch,
     *,
     compute_dtype: Any = jnp.float32,
-    head_chunk: int = 2048,
+    head_chunk: int | None = None,
 ) -> tuple[Features, jax.Array]:
   """What an evaluation reads of every candidate, from one forward pass.
 
@@ -548,7 +559,7 @@ def held_out_values(
       preferred,
       hidden=hidden,
       terms=("topk_mass", "topk_entropy"),
-      head_chunk=head_chunk // 4,
+      head_chunk=(head_chunk or _head_chunk()) // 4,
       **how,
   )
   sums = {

@@ -20,6 +20,11 @@ class Slots(NamedTuple):
   candidate: jax.Array  # [S, T] int32, -1 on prompt and padding
 
 
+# What attention's kernels call their output, and its log-sum-exp, for
+# rematerialisation: to compute them anew costs more than any elementwise part.
+OUTPUT = "attention"
+
+
 class Interval(NamedTuple):
   """Places from first up to last, both included; none where last < first."""
 

@@ -16,6 +16,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
 )
@@ -23,7 +24,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask_info as mask_info,
 )
 
-from mcpo_jax.models.spans import Interval
+from mcpo_jax.models.spans import OUTPUT, Interval
 
 LANES = 128  # what the kernel needs lengths to be a multiple of
 MAX_BLOCK = 512  # tokens
@@ -85,7 +86,7 @@ def _forward(q, k, v, bounds, softcap, interpret):
   # Where a query has no prompt nothing was computed, and not even zeros.
   seen = (prompt_lse > 0.5 * kernel.DEFAULT_MASK_VALUE)[..., None]
   out = own * weigh(own_lse) + jnp.where(seen, prompt * weigh(prompt_lse), 0.0)
-  out = out.astype(q.dtype)
+  out, lse = checkpoint_name((out.astype(q.dtype), lse), OUTPUT)
   return out, (q, k, v, bounds, out, lse)
 
 

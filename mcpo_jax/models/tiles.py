@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from mcpo_jax import sharding
-from mcpo_jax.models.spans import Interval
+from mcpo_jax.models.spans import OUTPUT, Interval
 
 MASKED = -1e30  # finite: a query that sees nothing stays finite
 TILE = 64  # tokens; XLA:CPU keeps the scores of a tile in cache
@@ -51,7 +52,7 @@ def attend(
 ) -> jax.Array:
   """Attention of queries to the keys of their streams.
 
-  On a CPU one stream and head comes after the other.
+  On a CPU one stream comes after the other.
 
   Args:
     q: [S, Q, H, E]; Q a multiple of the tile.
@@ -80,16 +81,16 @@ def attend(
     def stream(x):
       *qkv, seen, met = x
       head = _Head(*seen, met, scale, softcap, tile)
-      return each(head.forward, qkv)
+      return jax.vmap(head.forward)(tuple(qkv))
 
-    out, log_sum = each(stream, inputs)
+    out, log_sum = checkpoint_name(each(stream, inputs), OUTPUT)
     return out, (inputs, out, log_sum)
 
   def backward(saved, d_out):
     def stream(x):
       (*qkv, seen, met), *of_out = x
       head = _Head(*seen, met, scale, softcap, tile)
-      return each(head.backward, (*qkv, *of_out))
+      return jax.vmap(head.backward)((*qkv, *of_out))
 
     return *each(stream, (*saved, d_out)), None, None
 
