@@ -299,6 +299,12 @@ def get_config() -> ml_collections.ConfigDict:
   # How often the negatives are drawn anew: "step", "epoch", or every so many
   # steps ("20"): drawn then by the weights of the first of them, and stored.
   kernel.refresh = "step"
+  # How the pool gets the scores that negatives are drawn by: "separate" (a pass
+  # without gradient), "together" (one pass, whose activations are kept for the
+  # gradient), "sampler" (online: the log-probs that came with the samples, for
+  # the first update after them) or "auto" (whichever costs fewest FLOPs and
+  # fits).
+  kernel.scoring = "auto"
 
   # --- Reference: the fixed policy that the reward is measured from -----------
   reference = config.reference = ml_collections.ConfigDict()

@@ -121,6 +121,8 @@ KEYS: dict[str, Setting] = {
     "kernel.strategy": or_none(),
     "kernel.num_negatives": _COUNT,
     "kernel.refresh": _ANY,
+    "kernel.scoring": Setting(
+        choices=("auto", "separate", "together", "sampler")),
     "reference.source": or_none(Setting(
         choices=("cached", "resident", "lora_base", "previous_round",
                  "ema"))),

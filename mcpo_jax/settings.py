@@ -671,7 +671,28 @@ def _resolve_kernel(config, entry) -> list[errors.McpoError]:
     found.append(errors.ConfigError(
         "config.unused", f"strategy {strategy} draws without the policy's "
         "scores", where="kernel.refresh", got=refresh, want="step"))
-  return found
+  return found + _check_scoring(config, entry)
+
+
+def _check_scoring(config, entry) -> list[errors.McpoError]:
+  """How the pool gets its scores."""
+  kernel, online = config["kernel"], config["online"]
+  scoring, slug, why = kernel["scoring"], "config.conflict", None
+  if scoring == "auto":
+    return []
+  if not STRATEGIES.get(kernel["strategy"], True):
+    slug = "config.unused"
+    why = f"strategy {kernel['strategy']} draws without the policy's scores"
+  elif scoring != "separate" and str(kernel["refresh"]) != "step":
+    why = "draws that are stored are scored ahead of their updates"
+  elif scoring == "together" and entry.terms:
+    why = f"{config['objective']['name']} reads more than the pool's log-probs"
+  elif scoring == "sampler" and (
+      not online["enabled"] or online["policy_lag"] or online["extrapolation"]):
+    why = "only right after the policy's own samples its sampler's scores hold"
+  return [errors.ConfigError(
+      slug, why, where="kernel.scoring", got=scoring, want="auto")
+          ] if why else []
 
 
 def _check_estimates(config) -> list[errors.McpoError]:

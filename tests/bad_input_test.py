@@ -471,6 +471,12 @@ CONFIGS = [
     *(_config(f"C17 {o}", _set(o), "config.retention", o.split("=")[0])
       for o in ("checkpoint.keep=1", "checkpoint.keep=0",
                 "checkpoint.every_steps=0")),
+    *(_config(f"moments {name}", _set(
+        f"optimizer.name={name}", "optimizer.moment_dtype=bfloat16"),
+        "config.unused", "optimizer.moment_dtype")
+      for name in ("rmsprop", "adafactor")),
+    _config("profile", _typed("audit", *_RUN, "--profile"), "cli.flag",
+            "--profile"),
     _config("L1", _typed("train", *_RUN, "--wrkdir=x"), "cli.flag", "--wrkdir"),
     _config("L1 verb", _typed("trian", *_RUN), "cli.verb", ""),
     _config("L1 word", _typed("train", "more", *_RUN), "cli.flag", "more"),

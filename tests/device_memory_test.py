@@ -2,13 +2,15 @@
 
 import contextlib
 import gc
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import training_cases as cases
 
-from mcpo_jax import checkpoints
+from mcpo_jax import checkpoints, errors, sharding
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
@@ -145,3 +147,14 @@ def test_what_waits_in_the_hosts_memory_trains_alike(tmp_path):
   jax.tree.map(np.testing.assert_array_equal, state, back)
   assert all(jax.tree.leaves(jax.tree.map(
       lambda x, y: x.sharding == y.sharding, state, back)))
+
+
+def test_devices_that_do_not_reach_the_hosts_memory_are_refused():
+  kind = types.SimpleNamespace(kind="device")
+  device = types.SimpleNamespace(
+      device_kind="Abacus", addressable_memories=lambda: [kind])
+  with pytest.raises(errors.ResourceError) as caught:
+    sharding.check_host_memory(
+        types.SimpleNamespace(local_devices=[device]), "model.remat")
+  assert (caught.value.slug, caught.value.where) == ("device", "model.remat")
+  assert "Abacus with device" in str(caught.value)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import training_cases as cases
+from jax import monitoring
 
 from mcpo_jax import devices
-from mcpo_jax.models import flops
 from mcpo_jax.training import performance, setup, update
 from mcpo_jax.training import stage as stage_lib
 
@@ -37,8 +37,10 @@ def test_changing_batches_compile_once_and_another_shape_is_told(caplog):
       # The last batch has one more slot.
       slots = 9 if step == performance.WARM_UP + 2 else 8
       with meter.step(step):
-        state, _ = update.run_step(
+        state, metrics = update.run_step(
             stage, model, functions, state, make_batch(step, slots), REFERENCE)
+      meter.add(step, **{
+          name: metrics[name] for name in ("tokens", "flops", "shapes")})
       if step in (0, performance.WARM_UP + 1):
         row = meter.row()
         assert row["perf/compiles"] == 4
@@ -70,25 +72,30 @@ def test_rates_are_per_second_and_the_share_is_of_all_devices(monkeypatch):
   clock = iter([10.0, 12.0, 12.5, 13.0])
   monkeypatch.setattr(performance.time, "perf_counter", lambda: next(clock))
   with contextlib.closing(performance.Meter((), mesh)) as meter:
-    meter.add(tokens=30, flops=4e14)
-    meter.add(tokens=10, flops=1e14)
+    for tokens, flops_done in ((30, 4e14), (10, 1e14)):
+      with meter.step(0):
+        pass
+      meter.add(0, tokens=tokens, flops=flops_done, shapes={("drawn", 2, 48)})
     row = meter.row()  # 2 seconds later
   assert row["perf/tokens_per_sec"] == 20
   assert row["perf/flops_per_sec"] == 2.5e14
   np.testing.assert_allclose(row["perf/mfu"], 2.5e14 / (4 * 197e12))
 
 
-def test_a_step_needs_one_pass_of_what_is_scored_and_three_of_what_is_trained():
-  model, batch = cases.make_model(), make_batch(3)
-  count = lambda chosen: flops.pass_flops(model.config, batch.sets, chosen)
-  pool = [np.array(order) for order in batch.order]
-  drawn = [[0, 1], [], [0], [0, 1], [1]]
-  trained = [order[slots] for order, slots in zip(pool, drawn)]
-  got = [update.step_flops(model, batch, drawn, scored=scored)
-         for scored in (False, True)]
-  np.testing.assert_allclose(
-      got, [3 * count(trained), 3 * count(trained) + count(pool)])
-  assert count(trained) < count(pool)
+def test_a_length_of_chunks_that_was_not_met_before_is_no_news(caplog):
+  model = cases.make_model()
+  compiles = performance._COMPILED
+  with contextlib.closing(performance.Meter(
+      stage_lib.make_functions(cases.stage(), model), model.mesh)) as meter:
+    for step, (compiled, length) in enumerate([
+        (True, 48), (False, 48), (False, 48), (True, 24), (True, 24)]):
+      with meter.step(step):
+        if compiled:
+          monitoring.record_event_duration_secs(
+              compiles, 1.5, fun_name="jit(from_loss)")
+      meter.add(step, tokens=0, flops=0.0, shapes={("drawn", 8, length)})
+  (told,) = (r.getMessage() for r in caplog.records)
+  assert told.startswith("step 4: from_loss was compiled again, program 3")
 
 
 @pytest.mark.parametrize("own", [None, "/tmp/of_the_user"])

@@ -20,6 +20,10 @@ from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training.candidates import Candidate
 
+# Sets of a round whose samples are scored to be compared with the sampler: all
+# of them would cost what the sampler's own scores save.
+_GAP_SETS = 8
+
 
 def plan_of(config: dict[str, Any], num_steps: int) -> rounds_lib.Plan:
   """The rounds of a config whose preference stage takes `num_steps`."""
@@ -295,7 +299,7 @@ class Filler:
       sets = [one._replace(anchors=one.anchors | {
           "proposal_mu": one.anchors["ref"],
           "proposal_q": one.candidates.behaviour_logps}) for one in sets]
-    some = sets[:stage.batch_size]
+    some = sets[:_GAP_SETS]
     tokens = self._logps(
         self._model, weights.policy, [s.candidates for s in some])[0]
     raw = {(i, c.candidate_id): c.raw_logps

@@ -159,3 +159,17 @@ def behaviour_logps(data: "store.Store", row: int) -> np.ndarray:
         "the law it was drawn from was not", where=where,
         hint="raise data.max_completion_length")
   return logps
+
+
+def sampled_logps(batch: HostBatch, step: int) -> np.ndarray | None:
+  """[B, K] float32 nats, the raw policy's log-probs as its sampler gave them.
+
+  None unless the policy after `step` updates wrote every candidate.
+  """
+  logps = np.zeros(batch.meta.role.shape, np.float32)
+  for b, (one, order) in enumerate(zip(batch.sets, batch.order)):
+    raw = one.behaviour_raw_logps
+    if one.policy_step != step or raw is None or not np.isfinite(raw).all():
+      return None
+    logps[b, :len(order)] = raw[order]
+  return logps

@@ -214,7 +214,8 @@ def _train(
       check_softmax_start(
           float(metrics["loss"]), stage, batch, model.compute_dtype)
     step += 1
-    meter.add(tokens=metrics.pop("tokens"), flops=metrics.pop("flops"))
+    meter.add(step, **{name: metrics.pop(name)
+                       for name in ("tokens", "flops", "shapes")})
     faults.point("step.after")
     if step % when.show_every == 0 or step == 1:
       show(step, batch, metrics)

@@ -12,8 +12,9 @@ from jax import monitoring
 from mcpo_jax import devices
 from mcpo_jax.training import step as step_lib
 
-# Updates after which every shape has been met, and met again.
-WARM_UP = 8
+# Updates after which nothing is compiled any more, but for chunks of a length
+# that had not been met.
+WARM_UP = 2
 # Updates, counted from where a process begins, that a trace holds.
 TRACED = range(3, 6)
 
@@ -41,6 +42,8 @@ class Meter:
     self._peak = device and device.flops * mesh.size
     self._names = {getattr(f, "__name__", "") for f in functions}
     self._compiled: dict[str, list[float]] = {}  # function -> seconds
+    self._before: dict[str, int] = {}  # programs before the last update
+    self._shapes: set[tuple] = set()
     self._told = 0
     self._steps, self._tracing, self._folder = 0, False, trace_folder
     self.restart()
@@ -57,24 +60,27 @@ class Meter:
     if self._folder is not None and self._steps == TRACED.start:
       jax.profiler.start_trace(self._folder)
       self._tracing = True
-    before = {name: len(x) for name, x in self._compiled.items()}
+    self._before = {name: len(x) for name, x in self._compiled.items()}
     with jax.profiler.StepTraceAnnotation("update", step_num=number):
       yield
-    for name, count in before.items():
-      if self._steps >= WARM_UP and len(self._compiled[name]) > count:
-        logging.warning(
-            "step %d: %s was compiled again, program %d of it, %.1f s: an "
-            "argument has another shape or dtype than in %d updates before",
-            number, name, len(self._compiled[name]),
-            self._compiled[name][-1], self._steps)
     self._steps += 1
     if self._steps == TRACED.stop:
       self._end_trace()
 
-  def add(self, *, tokens: int, flops: float) -> None:
-    """Counts what an update did."""
+  def add(
+      self, number: int, *, tokens: int, flops: float, shapes: set[tuple]
+  ) -> None:
+    """Counts what the update did; `shapes` are those of its chunks."""
     self._tokens += tokens
     self._flops += flops
+    met = shapes <= self._shapes
+    self._shapes |= shapes
+    for name, count in self._before.items():
+      if self._steps > WARM_UP and met and len(self._compiled[name]) > count:
+        logging.warning(
+            "step %d: %s was compiled again, program %d of it, %.1f s: an "
+            "argument has another shape or dtype than before", number, name,
+            len(self._compiled[name]), self._compiled[name][-1])
 
   def restart(self) -> None:
     """Leaves out of the rates what happened since the last row."""

@@ -558,6 +558,10 @@ def stage_of(
           config["kernel"]["refresh"], num_examples, config["batch_size"]),
       corrected=config["proposal"]["correction"],
       num_examples=num_examples, num_slots=num_slots,
+      scoring=config["kernel"]["scoring"],
+      # Weights ahead of the policy write the candidates of extrapolation.
+      on_policy=config["online"]["enabled"]
+      and not config["online"]["extrapolation"],
       moving=config["online"]["enabled"] and (
           config["reference"]["source"] == "ema"
           or config["online"]["extrapolation"] > 0))

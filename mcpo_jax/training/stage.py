@@ -119,6 +119,8 @@ class Stage(NamedTuple):
   num_examples: int = 0  # of the training data, for what remembers them
   num_slots: int = 0  # of a batch
   moving: bool = False  # whether the state carries moving weights
+  scoring: str = "auto"  # how the pool gets its scores, see `update.score_pool`
+  on_policy: bool = False  # candidates are the policy's own samples
 
   @property
   def scores_pool(self) -> bool:
@@ -185,7 +187,7 @@ def make_functions(
          for x in jax.tree.leaves(model.param_shapes)):
     tx = optimizer_lib.with_master(tx)
   kernel = {name: value for name, value in stage.kernel.items()
-            if name != "refresh"}
+            if name not in ("refresh", "scoring")}
   if ":" in kernel["strategy"]:
     kernel["custom"] = user_code.load(
         user_code.check_kernel(kernel["strategy"]).place)

@@ -4,12 +4,14 @@ A batch is B sets of K slots. Its tokens come in chunks of streams, all of one
 shape, so that each function here is traced once whatever the batch looks like:
 
   score     sum over chunks of sequence log-probs -> [B, K]     no gradient
+            or forward: the same, and what backward needs of each chunk
   draw      the MC kernel on [B, K]               -> [B, J] slots
             or, where a draw lasts several steps: keep it once, recall it
   features  sum over chunks of all that the objective needs -> Features [B, K]
   grads     per chunk, accumulated; either
               from_loss        the chunk holds its sets whole: loss and gradient
               from_cotangents  d loss / d features of the whole batch is known
+              backward         likewise, and the forward pass was kept
   update    one optimizer update, unless something is not finite
   examine   sum over chunks of all that an evaluation reads; evaluate: its loss
 
@@ -28,6 +30,7 @@ import optax
 from mcpo_jax import sharding, types
 from mcpo_jax.kernels import chains, mc, weights
 from mcpo_jax.models import lora
+from mcpo_jax.training import residuals
 
 
 class Kernel(NamedTuple):
@@ -138,6 +141,7 @@ class StepFunctions(NamedTuple):
   state_shapes: TrainState  # ShapeDtypeStructs with shardings
   init: Callable[..., TrainState]
   score: Callable[..., jax.Array]
+  forward: Callable[..., tuple[jax.Array, Any]]
   draw: Callable[..., tuple[
       types.KernelState, types.SetBatch, Any, dict[str, jax.Array]]]
   keep: Callable[..., Draws]
@@ -148,6 +152,7 @@ class StepFunctions(NamedTuple):
   from_loss: Callable[..., tuple[Accumulator, Any]]
   cotangents: Callable[..., tuple[types.Features, Accumulator, Any]]
   from_cotangents: Callable[..., Accumulator]
+  backward: Callable[..., Accumulator]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   examine: Callable[..., tuple[types.Features, jax.Array]]
   evaluate: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
@@ -318,6 +323,11 @@ def make_step_functions(
   def score_chunk(params, streams, sets):
     return sequence_logps(params, streams, *sets.role.shape)
 
+  def forward(params, frozen, streams, sets):
+    return residuals.forward(
+        lambda params: score_chunk(lora.join(params, frozen), streams, sets),
+        params, frozen)
+
   def draw(seed, step, memory, logps, sets):
     if kernel.strategy == "none":
       nothing = jnp.zeros((len(sets.role), 0), jnp.int32)
@@ -451,6 +461,10 @@ def make_step_functions(
     grads = jax.tree.map(jnp.add, total.grads, jax.grad(f)(params))
     return total._replace(grads=grads)
 
+  def backward(params, frozen, total, kept, cotangent):
+    grads = residuals.backward(params, frozen, kept, cotangent.logps)
+    return total._replace(grads=jax.tree.map(jnp.add, total.grads, grads))
+
   def update(state, total, inputs, memory):
     if offload:
       state = state._replace(
@@ -494,6 +508,7 @@ def make_step_functions(
       state_shapes=state_shapes,
       init=init,
       score=jit(score_chunk, out_shardings=replicated),
+      forward=jit(forward, out_shardings=(replicated, None)),
       draw=jit(draw, out_shardings=replicated),
       keep=jit(keep, donate_argnums=0, out_shardings=replicated),
       recall=jit(recall, out_shardings=replicated),
@@ -505,6 +520,8 @@ def make_step_functions(
           replicated, accumulator_shardings, replicated)),
       from_cotangents=jit(from_cotangents, donate_argnums=3,
                           out_shardings=accumulator_shardings),
+      backward=jit(backward, donate_argnums=2,
+                   out_shardings=accumulator_shardings),
       update=jit(update, donate_argnums=0,
                  out_shardings=(state_shardings, replicated)),
       examine=jit(held_out_values, out_shardings=replicated),

@@ -6,12 +6,13 @@ up chunks, reads which candidates were drawn.
 
 import functools
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from mcpo_jax import faults, types
@@ -39,20 +40,21 @@ def run_step(
   """
   batch = with_anchors(batch, stage, reference)
   sets = model.put_replicated(batch.meta)
-  values, pool = None, []
+  scores = Scores(model.no_features(batch).logps)
   if stage.scores_pool and stage.refresh == 1:
-    pool = model.pack_all(batch)
-    values = score_chunks(model, functions, state.params, batch, sets, pool)
+    scores = score_pool(stage, model, functions, state, batch, sets)
   memory = state.memory
   if stage.refresh == 1:
-    logps = (values or model.no_features(batch)).logps
     drawn, sets, memory, info = functions.draw(
-        stage.seed, state.step, memory, logps, sets)
+        stage.seed, state.step, memory, scores.logps, sets)
   else:
     drawn, sets, info = functions.recall(state.draws, state.step, sets)
   slots = drawn_slots(drawn, batch, contrast=stage.entry.contrast)
-  known = values is not None and not stage.entry.terms
-  chunks = model.pack(batch.sets, slots, batch.order, whole=not known)
+  known = bool(scores.pool) and not stage.entry.terms
+  chunks, passes = [], backward_passes(model)
+  if not scores.kept:
+    passes += 1
+    chunks = model.pack(batch.sets, slots, batch.order, whole=not known)
   inputs = step_lib.Inputs(sets, drawn, state.objective_state, state.step)
 
   faults.point("step.drawn")
@@ -69,10 +71,8 @@ def run_step(
           model.put(chunk), inputs, here)
       inputs = inputs._replace(objective_state=objective_state)
   else:
-    if not known:
-      values = feature_chunks(
-          stage, model, functions, state.params, batch, inputs, chunks,
-          reference)
+    values = types.Features(scores.logps) if known else feature_chunks(
+        stage, model, functions, state.params, batch, inputs, chunks, reference)
     cotangent, total, objective_state = functions.cotangents(
         state.params, values, inputs)
     inputs = inputs._replace(objective_state=objective_state)
@@ -81,36 +81,107 @@ def run_step(
       total = functions.from_cotangents(
           state.params, model.frozen, reference.params, total,
           model.put(chunk), inputs, cotangent)
+    while scores.kept:  # each is given back before the next is used
+      total = functions.backward(
+          state.params, model.frozen, total, scores.kept.pop(0), cotangent)
   state, metrics = functions.update(state, total, inputs, memory)
-  used = sum(np.count_nonzero(c.prompt_slot >= 0) for c in pool + chunks)
-  if values is not None and not stage.entry.terms:
-    metrics["logps"] = values.logps
+  run = scores.pool + chunks
+  if stage.scores_pool and stage.refresh == 1:
+    metrics["logps"] = scores.logps
   if "ref" in batch.meta.anchors:
     metrics["ref_logps"] = batch.meta.anchors["ref"]
   return state, metrics | info | {
       "kernel/selected": drawn.selected,
       "kernel/selected_mask": drawn.selected_mask,
-      "flops": step_flops(model, batch, slots, scored=bool(pool)),
-      "tokens": used, "perf/pad_fraction": packing.pad_fraction(pool + chunks)}
+      "flops": passes * forward_flops(model, batch, slots) + (
+          forward_flops(model, batch) if scores.pool else 0.0),
+      "shapes": {("pool", *c.tokens.shape) for c in scores.pool} | {
+          ("drawn", *c.tokens.shape) for c in chunks},
+      "tokens": sum(np.count_nonzero(c.prompt_slot >= 0) for c in run),
+      "perf/pad_fraction": packing.pad_fraction(run)}
 
 
-def step_flops(
+class Scores(NamedTuple):
+  """What is known of a pool before the draw."""
+
+  logps: jax.Array  # [B, K] nats, 0 where nothing reads them
+  pool: list[types.Streams] = []  # chunks that the policy was run on
+  kept: list[Any] = []  # of each, what its backward pass needs; or nothing
+
+
+def score_pool(
+    stage: Stage,
+    model: Model,
+    functions: step_lib.StepFunctions,
+    state: step_lib.TrainState,
+    batch: batch_lib.HostBatch,
+    sets: types.SetBatch,
+) -> Scores:
+  """The scores that the kernel draws by, in one of three ways.
+
+  With F(n) a forward pass of a set's prompt and n of its completions, L
+  candidates and M that are drawn, an update of all weights costs
+
+    separate  F(1 + L) + 3 F(1 + M)  score without gradient, then train
+    together  3 F(1 + L)             one forward pass whose activations wait for
+                                     the draw; undrawn candidates have zeros as
+                                     cotangents, at full price
+    sampler   3 F(1 + M)             what the sampler said when it wrote them
+
+  Sharing prompts, "together" is the cheaper one up to L = 2 for M = 1, and
+  further the longer prompts are beside completions: with a prompt as long as
+  n completions up to L = 2 + n / 2. "auto" takes what is cheapest for the
+  batch: "sampler" where the weights of now wrote all of it, "together" where
+  all activations need no more room than those of one chunk. "sampler" is
+  "separate" for any other batch.
+  """
+  scoring, logps = stage.scoring, None
+  if scoring == "sampler" or scoring == "auto" and stage.on_policy:
+    logps = batch_lib.sampled_logps(batch, int(state.step))
+  if logps is not None:
+    return Scores(model.put_replicated(logps))
+  pool = model.pack_all(batch)
+  if scoring == "auto" and not stage.entry.terms:
+    room = model.num_streams * model.stream_length
+    size, passes = sum(c.tokens.size for c in pool), 1 + backward_passes(model)
+    whole = forward_flops(model, batch)
+    drawn = forward_flops(model, batch, [
+        range(min(1 + stage.kernel["num_negatives"], len(order)))
+        for order in batch.order])
+    costs = whole + passes * drawn, passes * whole
+    if size <= room and costs[1] < costs[0]:
+      scoring = "together"
+    logging.log_first_n(
+        logging.INFO, "scoring of the first pool: %s; %.3g FLOPs separate, "
+        "%.3g together, whose %d tokens want room in %d", 1,
+        scoring.replace("auto", "separate"), *costs, size, room)
+  if scoring == "together":
+    parts = [functions.forward(
+        state.params, model.frozen, model.put(chunk), sets) for chunk in pool]
+    return Scores(sum(logps for logps, _ in parts), pool,
+                  [kept for _, kept in parts])
+  values = score_chunks(model, functions, state.params, batch, sets, pool)
+  return Scores(values.logps, pool)
+
+
+def backward_passes(model: Model) -> int:
+  """Forward passes that a backward pass costs: frozen weights get no gradient,
+  and adapters are too small to count."""
+  return 1 if model.frozen else 2
+
+
+def forward_flops(
     model: Model,
     batch: batch_lib.HostBatch,
-    slots: list[np.ndarray],
-    *,
-    scored: bool,
+    slots: list[Sequence[int]] | None = None,
 ) -> float:
-  """FLOPs that one update needs: a forward pass of the pool if it is scored,
-  three of what is trained on; two beside frozen weights, which get no gradient,
-  and adapters are too small to count."""
-  forward = lambda slots: flops.pass_flops(
+  """FLOPs that a forward pass needs of some slots of each set, None: of all."""
+  if slots is None:
+    slots = [range(len(order)) for order in batch.order]
+  return flops.pass_flops(
       model.config, batch.sets,
-      [np.asarray(order, int)[picked]
+      [np.array([order[k] for k in picked], int)
        for order, picked in zip(batch.order, slots)])
-  pool = [np.arange(len(order)) for order in batch.order]
-  passes = 2 if model.frozen else 3
-  return passes * forward(slots) + (forward(pool) if scored else 0.0)
 
 
 def draw_window(
