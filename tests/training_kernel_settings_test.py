@@ -8,7 +8,7 @@ import training_cases as cases
 from configs import default
 from mcpo_jax import errors, settings, types
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics, update
+from mcpo_jax.training import loop, metrics, setup, update
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
 
@@ -332,3 +332,12 @@ def test_settings_with_effect_are_taken():
   assert resolve(objective__name="cd")["kernel"]["include_preferred"] is True
   assert resolve(objective__name="tdpo1")["reference"]["source"] == "resident"
   assert resolve(objective__name="simpo")["reference"]["source"] is None
+
+
+def test_only_samples_of_the_policy_itself_bring_its_scores():
+  online = {"online__enabled": True, "reward__name": "length"}
+  for values, want in (
+      ({}, False), (online, True),
+      (online | {"online__extrapolation": 0.5}, False)):
+    stage = setup.stage_of(resolve(**values), 100, supervised=False)
+    assert (stage.scoring, stage.on_policy) == ("auto", want)
