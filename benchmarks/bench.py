@@ -31,7 +31,9 @@ sys.path.insert(0, str(ROOT))  # this tree's code, whatever is installed
 import jax  # noqa: E402
 
 from benchmarks import generate, workload  # noqa: E402
+from mcpo_jax import types  # noqa: E402
 from mcpo_jax.stages import references  # noqa: E402
+from mcpo_jax.training import batch as batch_lib  # noqa: E402
 from mcpo_jax.training import stage as stage_lib  # noqa: E402
 from mcpo_jax.training import update  # noqa: E402
 
@@ -84,8 +86,10 @@ def rates(name: str, count: float, cpu: float, wall: float) -> dict[str, float]:
           "own_cores": round(cpu / wall, 2)}
 
 
-def open_job(args: argparse.Namespace) -> tuple[workload.Job, list]:
-  """The job of the command line, and its sets."""
+def open_job(
+    args: argparse.Namespace
+) -> tuple[workload.Job, list[batch_lib.HostBatch]]:
+  """The job of the command line, and its batches."""
   candidates = 1 if args.what == "dpo" else args.candidates
   number = args.batch * args.steps
   sets = workload.read_sets(args.data, number=number, candidates=candidates)
@@ -95,46 +99,64 @@ def open_job(args: argparse.Namespace) -> tuple[workload.Job, list]:
       "dpo" if args.what == "dpo" else "mcpo", batch_size=args.batch,
       num_examples=number, num_slots=1 + candidates, folder=args.model,
       overrides=args.config)
-  return job, sets
+  return job, [workload.make_batch(sets[row:row + args.batch], row)
+               for row in range(0, number, args.batch)]
+
+
+def time_training(
+    job: workload.Job, batches: list[batch_lib.HostBatch],
+    reference: stage_lib.Reference, warmup: int
+) -> tuple[float, float, float]:
+  """CPU and wall seconds of updates after the first `warmup`, from the first
+  weights on, and the FLOPs that the mathematics needs for them."""
+  state = job.functions.init(job.start())
+  for i, batch in enumerate(batches):
+    if i == warmup:
+      jax.block_until_ready(state)
+      clock, flops = Clock(), 0.0
+    state, metrics = update.run_step(
+        job.stage, job.model, job.functions, state, batch, reference)
+    float(metrics["loss"])  # the loop waits for its metrics too
+    if i >= warmup:
+      flops += metrics["flops"]
+  jax.block_until_ready(state)
+  return *clock.read(), flops
+
+
+def time_scoring(
+    job: workload.Job, batches: list[batch_lib.HostBatch],
+    params: types.Params, warmup: int
+) -> tuple[float, float, float]:
+  """The same of scoring."""
+  flops = 0.0
+  for i, batch in enumerate(batches):
+    if i == warmup:
+      clock = Clock()
+    jax.block_until_ready(update.score_chunks(
+        job.model, job.functions, params, batch,
+        job.model.put_replicated(batch.meta), job.model.pack_all(batch)))
+    if i >= warmup:
+      flops += workload.ideal_flops(job, batch.sets)
+  return *clock.read(), flops
 
 
 def run_steps(args: argparse.Namespace) -> dict:
   """dpo, mcpo and score."""
   compiled = Compilations()
-  job, sets = open_job(args)
-  starts = range(0, len(sets), args.batch)
-  batch_of = lambda row: workload.make_batch(sets[row:row + args.batch], row)
+  job, batches = open_job(args)
   policy = job.start_policy()
   sequence_logps = references.host_sequence_logps(job.model, policy)
-  first = sequence_logps(batch_of(0))
+  first = sequence_logps(batches[0])
   reference = stage_lib.Reference(sequence_logps)
   if args.what != "score" and args.reference == "given":
-    known = {row: sequence_logps(batch_of(row)) for row in starts}
-    reference = stage_lib.Reference(lambda batch: known[int(batch.rows[0])])
+    known = {batch.rows[0]: sequence_logps(batch) for batch in batches}
+    reference = stage_lib.Reference(lambda batch: known[batch.rows[0]])
 
-  def run_training():
-    state, flops = job.functions.init(job.start()), 0.0
-    for i, row in enumerate(starts):
-      if i == args.warmup:
-        jax.block_until_ready(state)
-        clock, flops = Clock(), 0.0
-      state, metrics = update.run_step(
-          job.stage, job.model, job.functions, state, batch_of(row), reference)
-      flops += jax.device_get(metrics)["flops"]
-    jax.block_until_ready(state)
-    return *clock.read(), flops
+  def run():
+    if args.what == "score":
+      return time_scoring(job, batches, policy, args.warmup)
+    return time_training(job, batches, reference, args.warmup)
 
-  def run_scoring():
-    for i, row in enumerate(starts):
-      if i == args.warmup:
-        clock = Clock()
-      batch = batch_of(row)
-      jax.block_until_ready(update.score_chunks(
-          job.model, job.functions, policy, batch,
-          job.model.put_replicated(batch.meta), job.model.pack_all(batch)))
-    return *clock.read(), 0.0
-
-  run = run_scoring if args.what == "score" else run_training
   whole = Clock()
   run()
   first_pass, before = whole.read()[0], compiled.count
@@ -142,11 +164,12 @@ def run_steps(args: argparse.Namespace) -> dict:
   whole = Clock()
   cpu, wall, flops = run()
   memory, compile_s = peak_memory(), first_pass - whole.read()[0]
-  timed = sets[args.batch * args.warmup:]
-  if args.what == "score" or args.reference == "resident":
-    flops += workload.ideal_flops(job, timed)
+  timed = batches[args.warmup:]
+  if args.what != "score" and args.reference == "resident":
+    flops += sum(workload.ideal_flops(job, batch.sets) for batch in timed)
   return {
-      **rates("pairs" if args.what == "dpo" else "rows", len(timed), cpu, wall),
+      **rates("pairs" if args.what == "dpo" else "rows",
+              args.batch * len(timed), cpu, wall),
       **rates("ideal_gflops", flops / 1e9, cpu, wall),
       "first": first[0, :4].tolist(),
       "logps_chosen_first": float(first[:, 0].mean()),
@@ -160,7 +183,7 @@ def run_generate(args: argparse.Namespace) -> dict:
   """generate: every prompt's samples, no stop token, temperature 1."""
   sampled = generate.run_ours(
       args.model, args.data, prompts=args.prompts, samples=args.samples,
-      new=args.new)
+      new=args.new, dtype=dict(args.config).get("model.param_dtype", "float32"))
   count = args.prompts * args.samples * args.new
   return {**rates("new_tokens", count, sampled["seconds"], sampled["wall"]),
           "first": sampled["first"], **peak_memory()}

@@ -43,7 +43,7 @@ def read_prompts(data: pathlib.Path, number: int) -> list[list[int]]:
 
 def run_ours(
     model: pathlib.Path, data: pathlib.Path, *, prompts: int = PROMPTS,
-    samples: int = SAMPLES, new: int = NEW
+    samples: int = SAMPLES, new: int = NEW, dtype: str = "float32"
 ) -> dict:
   """Of the engine: seconds of CPU time, wall seconds, greedy tokens, memory."""
   import numpy as np
@@ -53,8 +53,9 @@ def run_ours(
 
   config = hf.load_config(model)
   served = service.GenerationService(
-      config, hf.load_params(model, config), 0, max_completion_length=new,
-      stop_ids=(), pad_id=0)
+      config, hf.load_params(model, config, dtype=dtype), 0,
+      max_completion_length=new, stop_ids=(), pad_id=0, compute_dtype=dtype,
+      num_slots=prompts * samples)
   prompt_tokens = [np.array(ids) for ids in read_prompts(data, prompts)]
   prompt_ids = np.arange(2 * prompts, dtype=np.uint32).reshape(-1, 2)
 

@@ -87,6 +87,15 @@ def figure(run: dict[str, Any]) -> float:
   return next(run[unit] for unit in UNITS if unit in run)
 
 
+def last_json(command: list, **how) -> dict[str, Any]:
+  """Runs a command; the JSON of the last such line that it prints."""
+  done = subprocess.run(command, capture_output=True, text=True, **how)
+  lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
+  if done.returncode or not lines:
+    raise SystemExit(f"{command}: {done.stderr[-2000:]}")
+  return json.loads(lines[-1])
+
+
 def run_side(
     side: str, preset: str, args: argparse.Namespace, preload: str | None
 ) -> dict[str, Any]:
@@ -106,13 +115,9 @@ def run_side(
                f"--fixture={fixture}", f"--preset={preset}"]
     if owner == "trl" and preload:
       env["LD_PRELOAD"] = preload
-  done = subprocess.run(
-      [*command, *batch], env=env, capture_output=True, text=True,
+  return last_json(
+      [*command, *batch], env=env,
       preexec_fn=lambda: os.sched_setaffinity(0, {args.core}))
-  lines = [x for x in done.stdout.splitlines() if x.startswith("{")]
-  if done.returncode or not lines:
-    raise SystemExit(f"{side}, {preset}: {done.stderr[-2000:]}")
-  return json.loads(lines[-1])
 
 
 def measure(

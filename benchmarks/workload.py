@@ -140,13 +140,13 @@ def open_job(
       "data.max_completion_length": LONGEST,
       "data.num_streams": 1, "data.stream_length": STREAM_LENGTH,
       "model.max_position_embeddings": 4 * LONGEST})
-  for key, text in overrides:
-    main.override(config, key, text)
   vocab_size = 0
   if preset is not None:
     shape = dict(PRESETS[preset])
     vocab_size = shape.pop("vocab_size")
     config.model.update(shape)
+  for key, text in overrides:
+    main.override(config, key, text)
   config = settings.resolve(config.to_dict())
   tokenizer = std_types.SimpleNamespace(
       vocab_size=vocab_size, pad_id=0, bos_id=1, stop_ids=(2,))

@@ -155,33 +155,6 @@ def test_no_candidate_sees_another(attend):
     assert (one[changed] != two[changed]).any()
 
 
-def test_splash_of_parts_of_the_queries_adds_up():
-  """What devices that share a stream do: own queries, everyone's keys."""
-  q, k, v, cotangent = inputs()
-  seen = jax.jit(spans.intervals)(spans.runs(SLOTS), 37)
-
-  @jax.jit
-  def run(q, cotangent, seen):
-    attend = lambda *qkv: splash.attend(
-        *qkv, seen, scale=WIDTH**-0.5, softcap=SOFTCAP, interpret=True
-    )
-    out, pull = jax.vjp(attend, q, k, v)
-    return out, *pull(cotangent)
-
-  parts = []
-  for start in range(0, LENGTH, 128):
-    cut = lambda x, start=start: x[:, start:start + 128]
-    parts.append(run(cut(q), cut(cotangent), jax.tree.map(cut, seen)))
-  outs, d_q, d_k, d_v = zip(*parts)
-  want = in_numpy(*inputs(), visible(37), SOFTCAP)
-  real = SLOTS.prompt >= 0
-  got = np.concatenate(outs, axis=1)
-  np.testing.assert_allclose(got[real], want[0][real], rtol=0, atol=1e-5)
-  got = np.concatenate(d_q, axis=1), sum(d_k), sum(d_v)
-  for one, other in zip(got, want[1:]):
-    np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
-
-
 def test_splash_meets_only_blocks_that_someone_sees():
   seen = spans.intervals(spans.runs(SLOTS), jnp.int32(37))
   stream = jax.tree.map(lambda x: x[0], seen)

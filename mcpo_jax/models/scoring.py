@@ -18,7 +18,6 @@ from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Array, Features, Params, SetBatch, Streams
 
 TOP_K = 20  # tokens that the "topk" terms look at
-_OF_PARTS = (*sharding.BATCH_SPEC[0], "context")  # mesh axes, see _parts
 
 
 # --- terms --------------------------------------------------------------------
@@ -84,7 +83,7 @@ def _risk(seen):
 
 def _whole_laws(x):
   """x [S, ..., V] with the law of a token on one device, for what sorts it."""
-  return sharding.constrain(x, _OF_PARTS)
+  return sharding.constrain(x, *sharding.BATCH_SPEC)
 
 
 def _top_log_probs(seen):
@@ -287,7 +286,7 @@ def _parts(x):
   of the mesh axis "context" that has them."""
   parts = sharding.axis_size("context")
   x = x.reshape(x.shape[0] * parts, -1, *x.shape[2:])
-  return sharding.constrain(x, _OF_PARTS)
+  return sharding.constrain(x, (*sharding.BATCH_SPEC[0], "context"))
 
 
 def _sources(streams, reorder=lambda x: x):

@@ -129,13 +129,8 @@ def _settings(q, softcap, interpret):
 
 
 def _block(q):
-  """The largest block that divides the queries.
-
-  Its blocks of half seen keys make a forward pass at 1B shapes (prompts and
-  completions of 200 tokens) ask for 1.09 of its FLOPs; half the size would ask
-  for 1.04, but take four times as many steps of the grid, of a third of a
-  microsecond each, met or not.
-  """
+  """The largest block that divides the queries: few, so that the time between
+  two of them, more than that of a small product, is spent seldom."""
   block = MAX_BLOCK
   while q.shape[1] % block:
     block //= 2
