@@ -35,10 +35,9 @@ def make_model():
 
 
 @functools.cache
-def make_functions(objective, **kernel):
+def make_functions():
   """They serve every way."""
-  return stage_lib.make_functions(
-      make_stage("auto", objective, **kernel), make_model())
+  return stage_lib.make_functions(make_stage("auto"), make_model())
 
 
 def run(stage, functions, sets):
@@ -77,7 +76,7 @@ COUNTS = (3, 5, 2, 6)
 
 def test_one_pass_gives_the_update_of_two(x64):
   """On a mesh, with several chunks; and each says what it needs."""
-  sets, functions = make_sets(COUNTS), make_functions("mcpo")
+  sets, functions = make_sets(COUNTS), make_functions()
   want, got = (run(make_stage(way), functions, sets)
                for way in ("separate", "together"))
   assert set(want[2]) == {"score", "from_cotangents"}
@@ -94,7 +93,7 @@ def test_one_pass_gives_the_update_of_two(x64):
 
 
 def test_the_samplers_scores_draw_as_the_policys_do(x64):
-  plain, functions = make_sets(COUNTS), make_functions("mcpo")
+  plain, functions = make_sets(COUNTS), make_functions()
   want = run(make_stage("separate"), functions, plain)
   logps, batch = want[1]["logps"], cases.host_batch(plain, 8)
   sampled = [one._replace(policy_step=0, behaviour_raw_logps=np.array(
@@ -150,12 +149,25 @@ def test_auto_takes_the_cheaper_way_that_fits(counts, prompt, num_streams, way):
   assert set(chosen) == {way}
 
 
-def test_pairs_that_are_drawn_without_scores_pay_for_none(x64):
-  """DPO trains on its pairs, and nothing else is run."""
-  kernel = dict(strategy="random", score=None, temperature=None)
-  sets = make_sets([2, 2, 2])
-  _, metrics, called = run(make_stage("auto", "dpo", **kernel),
-                           make_functions("dpo", **kernel), sets)
-  assert set(called) == {"from_loss"}
-  assert metrics["flops"] == 3 * update.forward_flops(
-      make_model(), cases.host_batch(sets, 8))
+def test_pairs_that_are_drawn_without_scores_pay_for_none():
+  """DPO goes to its loss at once: no pass over the pool comes before."""
+  stage = make_stage("auto", "dpo", strategy="random", score=None,
+                     temperature=None)
+  model = cases.make_model()
+  functions = stage_lib.make_functions(stage, model)
+
+  class Reached(Exception):
+    """The first function of chunks was called, with this name."""
+
+  def reach(name):
+    def call(*args):
+      raise Reached(name)
+    return call
+
+  watched = functions._replace(zeros=lambda *args: None, **{
+      name: reach(name)
+      for name in ("score", "forward", "features", "from_loss")})
+  with pytest.raises(Reached, match="from_loss"):
+    update.run_step(
+        stage, model, watched, functions.init(cases.init(model)),
+        cases.host_batch(make_sets([2, 2, 2]), 8), REFERENCE)
