@@ -26,11 +26,14 @@ VERBS = {
     "audit": "the data report, before any training",
     "score": "fill the reference cache ahead of training",
     "compare": "a table of settings beside each other, over seeds",
+    "plan": "memory, FLOPs and cost on --topology, before any training",
 }
 FLAGS = {
     "config": "a Python file with get_config()",
     "workdir": "where the run keeps its files; the same one resumes",
     "out": "folder to export to",
+    "topology": "plan: devices to plan for, such as v5e:4x4 or h200:8",
+    "price-per-chip-hour": "plan: what a chip costs, for the cost of a run",
     "profile": "train: a trace of a few updates in <workdir>/profile",
     "debug": "show tracebacks",
     "help": "this text",
@@ -49,7 +52,7 @@ class CommandLine(NamedTuple):
 def usage() -> str:
   """The help text."""
   verbs = "\n".join(f"  {name:10} {text}" for name, text in VERBS.items())
-  flags = "\n".join(f"  --{name:10} {text}" for name, text in FLAGS.items())
+  flags = "\n".join(f"  --{name:20} {text}" for name, text in FLAGS.items())
   return (f"python -m mcpo_jax VERB --config=FILE --workdir=DIR "
           f"[--config.group.field=value ...]\n\n{verbs}\n\n{flags}")
 
@@ -249,7 +252,8 @@ def run(argv: list[str]) -> None:
     print(usage())
     return
   workdir = command.flags.get("workdir")
-  if command.verb not in ("audit", "serve") and not workdir:
+  if command.verb not in ("audit", "serve", "plan") and (
+      not workdir):
     raise errors.ConfigError("cli.flag", "this verb needs a workdir",
                              where="--workdir", hint="--workdir=runs/NAME")
   if (command.verb == "export") != ("out" in command.flags):
@@ -268,7 +272,13 @@ def run(argv: list[str]) -> None:
         [f"--config={command.flags.get('config')}", *typed],
         pathlib.Path(workdir))
     return
+  if (command.verb == "plan") != ("topology" in command.flags):
+    raise errors.ConfigError("cli.flag", "goes with the verb plan",
+                             where="--topology", hint="plan --topology=v5e:4x4")
   config = read_config(command)
+  if command.verb == "plan":
+    _plan(config, command.flags)
+    return
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",
                              where="data.path", hint="--config.data.path=FILE")
@@ -296,6 +306,26 @@ def run(argv: list[str]) -> None:
   else:
     getattr(verbs, command.verb)(config, pathlib.Path(workdir)
                                  if workdir else None)
+
+
+def _plan(config: dict[str, Any], flags: dict[str, str]) -> None:
+  """The verb plan, which compiles for devices that are not here."""
+  from mcpo_jax.planning import topology
+
+  topology.parse(flags["topology"])
+  price = flags.get("price-per-chip-hour")
+  try:
+    price = None if price is None else float(price)
+  except ValueError:
+    raise errors.ConfigError(
+        "cli.flag", "not a number", where="--price-per-chip-hour",
+        got=price) from None
+  topology.prepare()
+  from mcpo_jax.planning import verb
+
+  workdir = flags.get("workdir")
+  verb.plan(config, flags["topology"], price,
+            pathlib.Path(workdir) if workdir else None)
 
 
 def _worth_showing(record) -> bool:

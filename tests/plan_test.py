@@ -1,6 +1,9 @@
 """Plans: collectives of the real step, topologies, memory before compiling."""
 
 import functools
+import json
+import os
+import pathlib
 import re
 
 import jax
@@ -8,12 +11,13 @@ import jax.numpy as jnp
 import pytest
 import training_cases as cases
 
-from mcpo_jax import errors, sharding
+from mcpo_jax import errors, main, sharding
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder
-from mcpo_jax.planning import collectives, programs, topology
+from mcpo_jax.planning import collectives, programs, topology, verb
 from mcpo_jax.training import stage as stage_lib
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 needs_eight = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight (simulated) devices")
 
@@ -70,14 +74,15 @@ def test_collectives_of_a_program_are_counted_by_hand():
   assert set(found) == {
       "all-gather7", "reduce-scatter7", "all-gather1", "all-reduce1"}
   gathered = found["all-gather7"]
-  assert (gathered.payload, gathered.group, gathered.largest) == (128, 2, 64)
+  assert (gathered.payload, gathered.members) == (128, (0, 1))
+  assert gathered.crosses(1) and not gathered.crosses(2)
   assert gathered.traffic == 7 * 128 / 2
   scattered = found["reduce-scatter7"]
   assert (scattered.payload, scattered.group) == (2 * 64, 2)
   assert found["all-gather1"].payload == 128
   assert found["all-gather1"].traffic == 128 * 3 / 4
   reduced = found["all-reduce1"]
-  assert (reduced.payload, reduced.group) == (128 + 12, 2)
+  assert (reduced.payload, reduced.members) == (128 + 12, (0, 1))
   assert reduced.traffic == 140  # twice around half of the ring
   assert collectives.payloads(list(found.values())) == {
       "all-gather": 7 * 128 + 128, "reduce-scatter": 7 * 128,
@@ -103,6 +108,54 @@ def test_an_unknown_topology_names_those_there_are(name):
     topology.parse(name)
   assert caught.value.slug == "plan.topology"
   assert "v5e:4x4" in str(caught.value) and "h200:8" in str(caught.value)
+
+
+LLAMA_8B = {
+    "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096,
+    "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8,
+    "max_position_embeddings": 8192, "rope_theta": 500000.0,
+    "tie_word_embeddings": False, "bos_token_id": 128000,
+    "eos_token_id": 128001}
+
+
+def plan(folder, name, *overrides):
+  """The 8B MC-PO config of this repository, its shape without weights."""
+  pytest.importorskip("libtpu", reason="needs the TPU compiler, libtpu")
+  (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+  config = main.read_config(main.parse([
+      "plan", f"--config={ROOT / 'configs' / 'llama3_8b_nectar_mcpo.py'}",
+      f"--config.model.path={folder}",
+      *(f"--config.{text}" for text in overrides)]))
+  topology.prepare(os.environ)
+  verb.plan(config, name, 1.2, None)
+
+
+@pytest.mark.parametrize("name, overrides, slug, numbers", [
+    # 8 B parameters with AdamW and gradients in float32 are 128 GB.
+    ("v5e:2x2", ["data.num_streams=4"], "plan.memory", ["15.75", "devices"]),
+    ("v5e:4x4", [], "config.divisible", ["got 8", "= 16"]),
+    ("v5e:4x4", ["mesh.fsdp=3"], "config.mesh", ["fsdp=3", "16 devices"]),
+    ("v5e:4x4", ["mesh.fsdp=1", "mesh.tensor=16", "mesh.data=1"],
+     "config.divisible", ["got 16", "8 key-value heads"]),
+    ("v5p:3x5x7", ["data.num_streams=105"], "plan.topology", ["v5p:3x5x7"]),
+])
+def test_what_cannot_be_is_said_before_compiling(
+    tmp_path, monkeypatch, name, overrides, slug, numbers):
+  monkeypatch.setattr(
+      programs, "compile_program", lambda *_: pytest.fail("compiled"))
+  with pytest.raises(errors.McpoError) as caught:
+    plan(tmp_path, name, *overrides)
+  assert caught.value.slug == slug
+  assert all(number in str(caught.value) for number in numbers)
+
+
+def test_without_a_compiler_the_extra_is_named(monkeypatch):
+  monkeypatch.setattr(topology, "_installed", lambda module: False)
+  for name, extra in (("v5e:4x4", "mcpo_jax[tpu]"), ("h200:8", "plan-gpu")):
+    with pytest.raises(errors.ResourceError) as caught:
+      topology.open_devices(topology.parse(name))
+    assert caught.value.slug == "plan.compiler" and extra in str(caught.value)
 
 
 @needs_eight

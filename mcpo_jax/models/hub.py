@@ -88,3 +88,31 @@ def resolve_model(path: str, revision: str | None = None) -> pathlib.Path:
         " HF_HUB_OFFLINE",
         page,
     ) from None
+
+
+def resolve_config(path: str, revision: str | None = None) -> pathlib.Path:
+  """The folder with a model's config.json; no weights are fetched.
+
+  Args:
+    path: a folder, or a name on the hub.
+    revision: of a hub name.
+
+  Raises:
+    ModelDirError: `hf.path`, it is neither here nor can it be fetched.
+  """
+  folder = pathlib.Path(path).expanduser()
+  if folder.is_dir():
+    return folder
+  import huggingface_hub as hub  # slow, and needed for hub names only
+
+  try:
+    return pathlib.Path(
+        hub.hf_hub_download(path, "config.json", revision=revision)
+    ).parent
+  except Exception as error:  # of the network, the hub, or no name at all
+    raise errors.ModelDirError(
+        "hf.path", "config.json of the model is not here and cannot be fetched"
+        f" ({type(error).__name__})", where=str(path), got=revision,
+        hint="put the model's config.json, no weights, into a folder and give"
+        " --config.model.path=FOLDER",
+    ) from None

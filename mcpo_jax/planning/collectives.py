@@ -8,6 +8,8 @@ import math
 import re
 from typing import NamedTuple
 
+import numpy as np
+
 _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all",
           "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16}  # others end with their bits
@@ -27,9 +29,17 @@ class Collective(NamedTuple):
 
   kind: str  # a name of _KINDS
   payload: int  # bytes of the whole array: gathered, or not yet scattered
-  group: int  # devices that take part together
   times: int  # that it runs
-  largest: int  # elements of its largest array
+  members: tuple[int, ...]  # devices of its first group
+
+  @property
+  def group(self) -> int:
+    """Devices that take part together."""
+    return len(self.members)
+
+  def crosses(self, slice_size: int) -> bool:
+    """Whether a group has devices of several slices."""
+    return len({i // slice_size for i in self.members}) > 1
 
   @property
   def traffic(self) -> float:
@@ -105,39 +115,44 @@ def _collective(
     kind: str, line: str, num_devices: int, times: int
 ) -> Collective:
   result, _, rest = line.partition(f" {kind}")
-  arrays = [(_bytes(*array), math.prod(_sizes(array[1])))
-            for array in _ARRAY.findall(result)]
-  group = _group(line, num_devices)
+  arrays = [_bytes(*array) for array in _ARRAY.findall(result)]
+  members = _members(line, num_devices)
   if rest.startswith("-start") and kind != "all-reduce" and len(arrays) > 1:
     # (operands, results, ...): of both halves the larger one is whole.
     half = len(arrays) // 2
-    halves = (sum(b for b, _ in arrays[:half]),
-              sum(b for b, _ in arrays[half:2 * half]))
-    whole = max(halves)
+    whole = max(sum(arrays[:half]), sum(arrays[half:2 * half]))
   else:
-    whole = sum(b for b, _ in arrays)
+    whole = sum(arrays)
     if kind == "reduce-scatter":
-      whole *= group
-  return Collective(
-      kind, whole, group, times, max((n for _, n in arrays), default=0))
+      whole *= len(members)
+  return Collective(kind, whole, times, members)
 
 
-def _sizes(text: str) -> list[int]:
-  return [int(n) for n in text.split(",") if n]
+def _numbers(text: str) -> list[int]:
+  return [int(n) for n in re.findall(r"\d+", text)]
 
 
 def _bytes(kind: str, sizes: str) -> int:
   bits = _BITS.get(kind) or int(re.search(r"\d+", kind)[0])
-  return math.prod(_sizes(sizes)) * bits // 8
+  return math.prod(_numbers(sizes)) * bits // 8
 
 
-def _group(line: str, num_devices: int) -> int:
-  """Devices of a replica group, in any of the ways to write them."""
-  if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
-    return int(found[2])  # [groups, devices of each]<=[...]
-  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
-    return len(_sizes(found[1]))
+def _members(line: str, num_devices: int) -> tuple[int, ...]:
+  """Devices of the first replica group, in any of the ways to write them."""
+  if found := re.search(r"(?:replica_groups|pairs)=\{\{([\d,]*)\}", line):
+    return tuple(_numbers(found[1]))
+  # [groups, devices of each]<=[sizes]T(order)
+  if found := re.search(
+      r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
+    ids = np.arange(num_devices).reshape(_numbers(found[2]))
+    ids = ids.transpose(_numbers(found[3]) if found[3] else range(ids.ndim))
+    return tuple(map(int, ids.reshape(_numbers(found[1]))[0]))
+  # mesh['name'=size, ...] {'name', ...}
   if found := re.search(r"replica_groups=\w+\[([^\]]*)\]\s*\{([^}]*)\}", line):
-    axes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-    return math.prod(int(axes[a]) for a in re.findall(r"'(\w+)'", found[2]))
-  return num_devices
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+    inside = re.findall(r"'(\w+)'", found[2])
+    ids = np.arange(num_devices).reshape([int(n) for n in sizes.values()])
+    for axis, name in reversed(list(enumerate(sizes))):
+      ids = ids if name in inside else ids.take(0, axis)
+    return tuple(map(int, ids.reshape(-1)))
+  return tuple(range(num_devices))

@@ -67,10 +67,12 @@ def place(tree: Any, where: jax.sharding.Sharding) -> Any:
 
 
 def size_on_device(tree: Any) -> int:
-  """Bytes that one device holds of a tree of shapes with shardings."""
+  """Bytes that one device holds of a tree of shapes with shardings; what waits
+  in the host's memory is not there."""
   return sum(
       int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-      for x in jax.tree.leaves(tree))
+      for x in jax.tree.leaves(tree)
+      if x.sharding.memory_kind != "pinned_host")
 
 
 def size(tree: Any) -> int:

@@ -385,23 +385,10 @@ def open_model(
   if start_dir is not None:
     config = hf.load_config(start_dir)
   else:
-    config = config_lib.from_hf({
-        "model_type": options["family"],
-        "vocab_size": run.tokenizer.vocab_size,
-        "hidden_size": options["hidden_size"],
-        "intermediate_size": options["intermediate_size"],
-        "num_hidden_layers": options["num_layers"],
-        "num_attention_heads": options["num_heads"],
-        "num_key_value_heads": options["num_kv_heads"],
-        "head_dim": options["head_dim"] or (
-            options["hidden_size"] // options["num_heads"]),
-        "max_position_embeddings": options["max_position_embeddings"],
-        "rope_theta": options["rope_theta"],
-        "tie_word_embeddings": options["tie_embeddings"],
-        "bos_token_id": run.tokenizer.bos_id,
-        "eos_token_id": list(run.tokenizer.stop_ids),
-        "pad_token_id": run.tokenizer.pad_id,
-    })
+    config = own_shape(
+        options, run.tokenizer.vocab_size, bos_token_id=run.tokenizer.bos_id,
+        eos_token_id=list(run.tokenizer.stop_ids),
+        pad_token_id=run.tokenizer.pad_id)
   if run.tokenizer.vocab_size > config.vocab_size:
     raise errors.ModelDirError(
         "hf.vocab", "the tokenizer has more ids than the model has embeddings",
@@ -461,6 +448,27 @@ def open_trained(
       trained)
   return (model._replace(param_shapes=shapes, frozen=frozen),
           lambda: jax.tree.map(jnp.copy, trained), lambda: policy)
+
+
+def own_shape(
+    options: dict[str, Any], vocab_size: int, **ids: Any
+) -> config_lib.ModelConfig:
+  """The architecture that the config's group model describes."""
+  return config_lib.from_hf({
+      "model_type": options["family"],
+      "vocab_size": vocab_size,
+      "hidden_size": options["hidden_size"],
+      "intermediate_size": options["intermediate_size"],
+      "num_hidden_layers": options["num_layers"],
+      "num_attention_heads": options["num_heads"],
+      "num_key_value_heads": options["num_kv_heads"],
+      "head_dim": options["head_dim"] or (
+          options["hidden_size"] // options["num_heads"]),
+      "max_position_embeddings": options["max_position_embeddings"],
+      "rope_theta": options["rope_theta"],
+      "tie_word_embeddings": options["tie_embeddings"],
+      **ids,
+  })
 
 
 def lay_out(
