@@ -2,17 +2,18 @@
 
 Orbax marks a step complete by its folder's name alone and does not check
 content, so a step counts only with a manifest that holds the SHA-256 of each
-of its files and is written after everything else (`commit`).
+of its files and is written after everything else (`commit`). Of several
+processes each writes its own shards of the arrays, and the first one decides
+which steps count and which go.
 """
 
 import pathlib
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, hosts
 
 
 class Checkpointer:
@@ -52,7 +53,8 @@ class Checkpointer:
   def poll(self) -> None:
     """Surfaces errors of a save under way and commits it if it is done."""
     self._manager.check_for_errors()
-    if self._pending and not self._manager.is_saving_in_progress():
+    if self._pending and not hosts.from_first(
+        "a save", self._manager.is_saving_in_progress):
       self._finish()
 
   def protect(self, step: int | None) -> None:
@@ -65,10 +67,10 @@ class Checkpointer:
     self._manager.wait_until_finished()
     self._manager.check_for_errors()
     step, meta = self._pending
-    if jax.process_index() == 0:
-      commit.write_manifest(self._step_folder(step), meta)
+    commit.write_manifest(self._step_folder(step), meta)
     self._pending = None
-    for old in self.steps()[:-self._keep]:
+    for old in hosts.from_first(
+        "a checkpoint", lambda: self.steps()[:-self._keep]):
       if old != self._protected:
         self._manager.delete(old)
 
@@ -80,6 +82,15 @@ class Checkpointer:
     Raises:
       CheckpointError: ckpt.none_complete, if steps exist and none verifies.
     """
+    step, meta, unfinished = hosts.from_first("a checkpoint", self._newest)
+    for one in unfinished:
+      self._manager.delete(one)
+    if step is None:
+      return None
+    return self._restore(step, abstract_state), meta
+
+  def _newest(self) -> tuple[int | None, dict[str, Any] | None, list[int]]:
+    """The newest step that verifies, its meta, and the steps above it."""
     skipped = []
     for step in reversed(self.steps()):
       try:
@@ -90,17 +101,12 @@ class Checkpointer:
         continue
       # What lies above was never finished or is damaged, and orbax saves no
       # step below an existing one.
-      for later in self._manager.all_steps():
-        if later > step:
-          self._manager.delete(later)
-      return self._restore(step, abstract_state), meta
+      return step, meta, [s for s in self._manager.all_steps() if s > step]
     if skipped:
       raise errors.CheckpointError(
           "ckpt.none_complete", "no checkpoint verifies",
           where=str(self._folder), got="; ".join(skipped))
-    for step in self._manager.all_steps():  # none of them was finished
-      self._manager.delete(step)
-    return None
+    return None, None, list(self._manager.all_steps())  # none was finished
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """The verified arrays of one step, in the shapes and shardings asked for.
@@ -109,7 +115,8 @@ class Checkpointer:
       CheckpointError: the step is damaged, see `commit.verify`.
     """
     self._finish()
-    commit.verify(self._step_folder(step))
+    hosts.from_first(
+        "a checkpoint", lambda: commit.verify(self._step_folder(step)))
     return self._restore(step, abstract_state)
 
   def _restore(self, step: int, abstract_state: Any) -> Any:

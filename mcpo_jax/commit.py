@@ -1,7 +1,9 @@
 """Folders that are whole or not there: temp, hash, fsync, manifest, rename.
 
 A folder counts as committed only with its `manifest.json`, which holds the
-size and SHA-256 of every other file in it and is written last.
+size and SHA-256 of every other file in it and is written last. Of several
+processes the first alone writes: what writes here does nothing in the others,
+which wait for it with `hosts`.
 """
 
 import hashlib
@@ -13,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from typing import Any
 
-from mcpo_jax import errors
+from mcpo_jax import errors, hosts
 
 MANIFEST = "manifest.json"
 
@@ -39,6 +41,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 def write_file(path: pathlib.Path, text: str) -> None:
   """Replaces a text file at once: a reader sees the old or the new one."""
+  if not hosts.is_first():
+    return
   temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
   temporary.write_text(text, encoding="utf-8")
   _fsync(temporary)
@@ -48,6 +52,8 @@ def write_file(path: pathlib.Path, text: str) -> None:
 
 def write_manifest(folder: pathlib.Path, meta: dict[str, Any]) -> None:
   """Hashes what lies in `folder` and commits it by writing the manifest."""
+  if not hosts.is_first():
+    return
   entries = {}
   for path in _files(folder):
     _fsync(path)
@@ -101,6 +107,8 @@ def write_folder(
 
   If another process has made `folder` meanwhile, that one stays.
   """
+  if not hosts.is_first():
+    return
   folder = pathlib.Path(folder)
   folder.parent.mkdir(parents=True, exist_ok=True)
   temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")

@@ -5,6 +5,7 @@ key answers within two seconds.
 """
 
 import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple
 import ml_collections
 from absl import logging
 
-from mcpo_jax import errors, objective_names, settings
+from mcpo_jax import errors, hosts, objective_names, settings
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -28,6 +29,7 @@ VERBS = {
     "compare": "a table of settings beside each other, over seeds",
     "plan": "memory, FLOPs and cost on --topology, before any training",
 }
+SHARED_VERBS = ("train", "evaluate", "generate", "export", "score")
 FLAGS = {
     "config": "a Python file with get_config()",
     "workdir": "where the run keeps its files; the same one resumes",
@@ -229,6 +231,26 @@ def read_config(command: CommandLine) -> dict[str, Any]:
   return settings.resolve(config.to_dict())
 
 
+def check_same_config(config: dict[str, Any]) -> None:
+  """Compares the config with that of the first process.
+
+  Raises:
+    ConfigError: hosts.config, with the difference.
+  """
+  if hosts.count() == 1:
+    return
+  first = settings.flatten(hosts.from_first("the config", lambda: config))
+  own = settings.flatten(json.loads(json.dumps(config)))
+  changed = [f"{k}: {first.get(k)!r} -> {own.get(k)!r}"
+             for k in sorted(first.keys() | own.keys())
+             if first.get(k) != own.get(k)]
+  if changed:
+    raise errors.ConfigError(
+        "hosts.config", "the processes have different configs",
+        where="MCPO_PROCESS_ID", got="; ".join(changed[:20]),
+        hint="start all of them by the same line")
+
+
 def admit_own_settings(config: ml_collections.ConfigDict) -> None:
   """Opens the keys that an objective of the user's own takes.
 
@@ -262,6 +284,12 @@ def run(argv: list[str]) -> None:
   if "profile" in command.flags and command.verb != "train":
     raise errors.ConfigError("cli.flag", "goes with the verb train",
                              where="--profile")
+  if command.verb in SHARED_VERBS:
+    hosts.join()
+  elif hosts.expected():
+    raise errors.ConfigError(
+        "hosts.verb", "this verb runs in one process", where="MCPO_COORDINATOR",
+        got=command.verb, want=" | ".join(SHARED_VERBS))
   if command.verb == "compare":
     from mcpo_jax.compare import verb
 
@@ -279,6 +307,7 @@ def run(argv: list[str]) -> None:
   if command.verb == "plan":
     _plan(config, command.flags)
     return
+  check_same_config(config)
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",
                              where="data.path", hint="--config.data.path=FILE")
@@ -306,6 +335,7 @@ def run(argv: list[str]) -> None:
   else:
     getattr(verbs, command.verb)(config, pathlib.Path(workdir)
                                  if workdir else None)
+  hosts.leave()
 
 
 def _plan(config: dict[str, Any], flags: dict[str, str]) -> None:
@@ -347,10 +377,16 @@ def main() -> None:
   except errors.McpoError as e:
     if "--debug" in argv:
       traceback.print_exc()
-    print(settings.redact(str(e)), file=sys.stderr)
-    sys.exit(e.exit_code)
+    text = settings.redact(str(e))
+    print(text, file=sys.stderr)
+    hosts.fail(text, e.exit_code)
   except KeyboardInterrupt:
-    sys.exit(130)
+    hosts.fail("interrupted", 130)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    sys.exit(141)
+    hosts.fail("nobody reads the output", 141)
+  except Exception as e:
+    if hosts.count() == 1:
+      raise
+    traceback.print_exc()  # now: the others will end this process
+    hosts.fail(f"{type(e).__name__}: {e}", 1)

@@ -5,6 +5,7 @@ expression that is found in a parameter's path, "layers/mlp/up_proj/kernel",
 decides. Rules are applied to ShapeDtypeStructs, so nothing is allocated.
 """
 
+import collections
 import math
 import re
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mcpo_jax import errors
@@ -44,9 +46,13 @@ def make_mesh(
       fsdp, the weights.
     devices: the devices to use; all of them by default.
 
+  Where the devices are several slices, with a slow network between them, the
+  data axis spans the slices as far as it goes, and the fsdp axis the rest.
+
   Raises:
     ConfigError: `config.mesh`, if the sizes do not multiply to the number of
-      devices.
+      devices, or the slices do not divide data times fsdp.
+    ResourceError: `device.mixed`, the devices are of several kinds.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (data, fsdp, context, tensor)))
@@ -73,11 +79,59 @@ def make_mesh(
         want=f"{'a divisor of ' if unknown else ''}{len(devices)} devices",
         hint="set one axis to -1 to take what is left",
     )
-  return jax.make_mesh(
-      tuple(sizes.values()),
+  return Mesh(
+      arrange_devices(sizes, devices),
       AXES,
       axis_types=(AxisType.Auto,) * len(AXES),
-      devices=devices,
+  )
+
+
+def arrange_devices(
+    sizes: dict[str, int], devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """The devices as an array of those sizes, neighbours near each other.
+
+  Args:
+    sizes: of all of AXES; their product is the number of devices.
+    devices: see make_mesh.
+
+  Raises:
+    ConfigError, ResourceError: see make_mesh.
+  """
+  kinds = collections.Counter(d.device_kind for d in devices)
+  if len(kinds) > 1:
+    raise errors.ResourceError(
+        "device.mixed",
+        "a mesh is of devices of one kind",
+        where="config.mesh",
+        got=", ".join(f"{n} x {kind}" for kind, n in sorted(kinds.items())),
+        hint="start the run on hosts that are alike",
+    )
+  slices = collections.Counter(
+      getattr(d, "slice_index", 0) or 0 for d in devices)
+  number = len(slices)
+  if number == 1:
+    return mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+  outer = dict.fromkeys(AXES, 1)
+  outer["data"] = math.gcd(sizes["data"], number)
+  outer["fsdp"] = number // outer["data"]
+  if sizes["fsdp"] % outer["fsdp"] or len(set(slices.values())) > 1:
+    shown = ", ".join(f"{n} devices" for n in slices.values())
+    raise errors.ConfigError(
+        "config.mesh",
+        f"the {number} slices ({shown}) do not divide the mesh axes"
+        f" data={sizes['data']} x fsdp={sizes['fsdp']}",
+        where="config.mesh.data",
+        got=sizes["data"],
+        want=f"a multiple of {number}, in slices of one size",
+    )
+  return mesh_utils.create_hybrid_device_mesh(
+      tuple(sizes[name] // outer[name] for name in AXES),
+      tuple(outer.values()),
+      devices,
+      allow_split_physical_axes=True,
   )
 
 

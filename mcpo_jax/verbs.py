@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import logging
 
-from mcpo_jax import commit, errors, settings
+from mcpo_jax import commit, errors, hosts, settings
 from mcpo_jax.data import audit as audit_lib
 from mcpo_jax.stages import evaluate as evaluate_stage
 from mcpo_jax.stages import export as export_stage
@@ -38,6 +38,7 @@ def train(
   for name in config["stages"]:
     logging.info("stage %s", name)
     summary |= stages[name](run, writer)
+    hosts.wait_for_first(name)
     write_summary(workdir, summary)
   print(json.dumps(summary, indent=1))
 
@@ -108,6 +109,8 @@ def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
 
 def write_summary(workdir: pathlib.Path, values: dict[str, Any]) -> None:
   """Adds flat keys to the workdir's summary.json."""
+  if not hosts.is_first():
+    return
   path = workdir / "summary.json"
   old = json.loads(path.read_text()) if path.exists() else {}
   commit.write_file(path, json.dumps(old | values, indent=1))

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
     {"types", "errors", "commit", "faults", "registry", "config_keys",
-     "settings", "user_code", "objective_names", "devices"},
+     "settings", "user_code", "objective_names", "devices",
+     "hosts"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},

@@ -1,5 +1,6 @@
 """Meshes, rules, and one scoring step on one and on eight devices."""
 
+import dataclasses
 import functools
 
 import jax
@@ -61,6 +62,57 @@ def test_a_mesh_that_does_not_fit_names_the_numbers(sizes, numbers):
     sharding.make_mesh(**dict(zip(sharding.AXES, sizes)))
   assert caught.value.slug == "config.mesh"
   assert all(number in str(caught.value) for number in numbers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh asks of a device."""
+
+  id: int
+  slice_index: int
+  device_kind: str = "H100"
+  platform: str = "gpu"
+
+
+def two_slices(data, fsdp, tensor, chips):
+  sizes = dict(data=data, fsdp=fsdp, context=1, tensor=tensor)
+  return sharding.arrange_devices(sizes, chips)
+
+
+# Slices alternate in the order that JAX may give.
+CHIPS = [Chip(i, i % 2) for i in range(8)]
+
+
+def test_the_data_axis_spans_the_slices():
+  array = two_slices(2, 2, 2, CHIPS)
+  assert array.shape == (2, 2, 1, 2)
+  for i in range(2):
+    assert {chip.slice_index for chip in array[i].flat} == {i}
+
+
+def test_what_data_cannot_span_fsdp_does():
+  array = two_slices(1, 4, 2, CHIPS)
+  for half, i in ((array[:, :2], 0), (array[:, 2:], 1)):
+    assert {chip.slice_index for chip in half.flat} == {i}
+
+
+def test_slices_that_do_not_divide_the_mesh_are_refused():
+  with pytest.raises(errors.ConfigError) as caught:
+    two_slices(1, 1, 8, CHIPS)
+  assert caught.value.slug == "config.mesh"
+  for number in ("2 slices (4 devices, 4 devices)", "data=1 x fsdp=1"):
+    assert number in str(caught.value)
+  with pytest.raises(errors.ConfigError, match="do not divide"):
+    two_slices(2, 2, 2, [*CHIPS[:7], Chip(7, 0)])
+
+
+def test_devices_of_two_kinds_are_refused():
+  mixed = [*CHIPS[:5], *(
+      dataclasses.replace(c, device_kind="A100") for c in CHIPS[5:])]
+  with pytest.raises(errors.ResourceError) as caught:
+    two_slices(2, 2, 2, mixed)
+  assert caught.value.slug == "device.mixed"
+  assert "3 x A100, 5 x H100" in str(caught.value)
 
 
 @needs_eight

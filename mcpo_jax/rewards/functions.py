@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import errors, registry
+from mcpo_jax import errors, hosts, registry
 
 Reward = Callable[..., Sequence[float]]
 
@@ -87,6 +87,8 @@ def score(
 ) -> np.ndarray:
   """Calls a reward and checks its reply; nothing wrong ever becomes a number.
 
+  Of several processes the first one calls it and tells the others.
+
   Args:
     reward: fn(prompts, completions, **columns) -> R numbers.
     prompts: R strings or lists of messages.
@@ -101,6 +103,12 @@ def score(
       `reward.length`, `reward.type` or `reward.non_finite` if the reply or one
       of its entries is not a finite number per completion.
   """
+  return np.array(hosts.from_first("scores", lambda: _reply(
+      reward, prompts, completions, columns)), np.float64)
+
+
+def _reply(reward, prompts, completions, columns) -> list[float]:
+  """The numbers that a reward replies; see `score`."""
   place = f"reward {getattr(reward, '__name__', type(reward).__name__)}"
   try:
     reply = reward(prompts=prompts, completions=completions, **columns)
@@ -131,8 +139,7 @@ def score(
         got=len(reply) if isinstance(reply, list) else "one number",
         want=len(completions),
     )
-  return np.array([_number(v, f"{place}, entry {i}")
-                   for i, v in enumerate(reply)], np.float64)
+  return [_number(v, f"{place}, entry {i}") for i, v in enumerate(reply)]
 
 
 def combine(

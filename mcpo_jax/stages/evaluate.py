@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, types
+from mcpo_jax import commit, sharding, types
 from mcpo_jax.evaluation import diversity, likelihood, samples
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
@@ -24,9 +24,9 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
 
   Both models draw with the same noise; the interval is over prompts.
   """
-  done = run.workdir / "evaluate" / "result.json"
-  if done.exists():
-    return json.loads(done.read_text())
+  done = results.read_result(run, "evaluate")
+  if done is not None:
+    return done
   results.finished(run, "preference")
   stores = pools.open_preference_stores(run)
   if "eval" not in stores:
@@ -85,10 +85,11 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         "prompt_ids": [f"{a:08x}{b:08x}" for a, b in prompts.prompt_ids],
         "start": before[law].scores.mean(1).tolist(),
         "aligned": after.scores.mean(1).tolist()}
-  done.parent.mkdir(exist_ok=True)
-  commit.write_file(done.with_name("scores.json"), json.dumps(per_prompt))
-  commit.write_file(done.with_name("samples.json"), json.dumps(shown, indent=1))
-  commit.write_file(done, json.dumps(summary, indent=1))
+  folder = run.workdir / "evaluate"
+  folder.mkdir(exist_ok=True)
+  commit.write_file(folder / "scores.json", json.dumps(per_prompt))
+  commit.write_file(folder / "samples.json", json.dumps(shown, indent=1))
+  results.write_result(run, "evaluate", summary)
   writer.write("evaluate", 0, {
       k: v for k, v in summary.items() if isinstance(v, int | float)})
   for row in shown["sampled/"]:
@@ -105,7 +106,8 @@ def make_scorer(
   [R, N, C] float32 nats of each token, scored anew; 0 after the end."""
   longest = length + max(len(tokens) for tokens in prompts.tokens)
   model = model._replace(stream_length=max(model.stream_length, longest))
-  token_logps = jax.jit(model.token_logps)
+  token_logps = jax.jit(
+      model.token_logps, out_shardings=sharding.replicated(model.mesh))
 
   def score(params, drawn):
     tokens, _, _ = reference.score_sets(

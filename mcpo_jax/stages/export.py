@@ -4,8 +4,8 @@ import pathlib
 import shutil
 from typing import Any
 
-from mcpo_jax import commit, errors
-from mcpo_jax.models import hf
+from mcpo_jax import commit, errors, sharding
+from mcpo_jax.models import decoder, hf
 from mcpo_jax.stages import results
 from mcpo_jax.training import metrics, setup
 
@@ -27,7 +27,9 @@ def run_export(
   source = results.finished(run, last)
   config = hf.load_config(source)
   dtype = run.config["export"]["dtype"] or run.config["model"]["param_dtype"]
-  params = hf.load_params(source, config, dtype=dtype)
+  params = hf.load_params(
+      source, config, dtype=dtype, shardings=sharding.infer_shardings(
+          decoder.param_shapes(config), decoder.PARAM_RULES, run.mesh))
   objective = run.config["objective"]
   card = "Fine-tuned on demonstrations with mcpo_jax."
   if last == "preference":

@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import commit, errors, faults
+from mcpo_jax import commit, errors, faults, hosts
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import samples, statistics
 from mcpo_jax.models import hf
@@ -72,12 +72,19 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
       **{key: options[key]
          for key in ("prompts_per_shard", "num_parts", "part")}}
   done, folder = run.workdir / "generate", run.workdir / "generating"
-  for place in (done, folder):
-    check_same(place / "settings.json", settings)
-  if done.exists():
+
+  def read_result() -> dict[str, Any] | None:
+    for place in (done, folder):
+      check_same(place / "settings.json", settings)
+    if not done.exists():
+      return None
     commit.verify(done)
     shutil.rmtree(folder, ignore_errors=True)
     return json.loads((done / "result.json").read_text())
+
+  result = hosts.from_first("earlier candidates", read_result)
+  if result is not None:
+    return result
 
   shards = shards_of(
       prompt_rows(data), size=options["prompts_per_shard"],
@@ -85,7 +92,8 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
   folder.mkdir(exist_ok=True)
   commit.write_file(folder / "settings.json", json.dumps(settings, indent=1))
   paths = {number: folder / f"{number:08d}.jsonl" for number in shards}
-  missing = [number for number, path in paths.items() if not path.exists()]
+  missing = hosts.from_first("shards", lambda: [
+      number for number, path in paths.items() if not path.exists()])
   if len(missing) < len(shards):
     logging.info("generate goes on: %d of %d shards are there",
                  len(shards) - len(missing), len(shards))
@@ -116,10 +124,13 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
                         ("result", summary | {"generate/params_sha256": sha})):
       (to / f"{name}.json").write_text(json.dumps(value, indent=1))
 
-  commit.write_folder(done, write, {})
-  shutil.rmtree(folder)
-  logging.info("candidates: %s", done / "candidates.jsonl")
-  return json.loads((done / "result.json").read_text())
+  def finish() -> dict[str, Any]:
+    commit.write_folder(done, write, {})
+    shutil.rmtree(folder)
+    logging.info("candidates: %s", done / "candidates.jsonl")
+    return json.loads((done / "result.json").read_text())
+
+  return hosts.from_first("candidates", finish)
 
 
 def check_same(path: pathlib.Path, settings: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors, objective_names, registry
+from mcpo_jax import errors, objective_names, registry, sharding
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.rewards import functions
@@ -318,7 +318,8 @@ class Filler:
   def _logps(self, model, params, sets):
     """Per set its candidates' log-probs: per token, and summed [K]."""
     if model.config not in self._score:
-      self._score[model.config] = jax.jit(model.token_logps)
+      self._score[model.config] = jax.jit(
+          model.token_logps, out_shardings=sharding.replicated(model.mesh))
     score = self._score[model.config]
     tokens, sums, starts = reference.score_sets(
         sets, lambda chunk: np.asarray(score(params, model.put(chunk))),

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import commit, objective_names, types, user_code
+from mcpo_jax import commit, hosts, objective_names, types, user_code
 from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf, lora, peft
@@ -20,9 +20,9 @@ from mcpo_jax.training import step as step_lib
 def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   """Aligns the start on the candidate sets of data.path."""
   config, folder = run.config, run.workdir / "preference"
-  done = folder / "result.json"
-  if done.exists():
-    return json.loads(done.read_text())
+  done = results.read_result(run, "preference")
+  if done is not None:
+    return done
   model, trained, start = setup.open_trained(
       run, *setup.open_model(run, results.find_start(run)))
   stores = pools.open_preference_stores(run)
@@ -69,9 +69,9 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       expect_start=references.is_start(config)
       and not config["online"]["extrapolation"],
       rounds=rounds, show=make_show(run, data, folder / "candidates.jsonl"))
-  explorer.write_explorer(
+  hosts.from_first("candidates.html", lambda: explorer.write_explorer(
       folder / "candidates.jsonl", run.workdir / "candidates.html",
-      f"Candidates of {run.workdir.resolve().name}")
+      f"Candidates of {run.workdir.resolve().name}"))
   policy = model.policy(params)
   if model.frozen:
     peft.save_adapters(
@@ -79,9 +79,8 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         base=config["model"]["path"] or str(results.find_start(run)))
   params = lora.merge(policy)
   results.save_model(run, folder / "model", params, model)
-  result = {"params/sha256": hf.params_sha256(params), "step": step}
-  commit.write_file(done, json.dumps(result))
-  return result
+  return results.write_result(run, "preference", {
+      "params/sha256": hf.params_sha256(params), "step": step})
 
 
 def make_show(run, data, path):
@@ -90,6 +89,8 @@ def make_show(run, data, path):
   last = []
 
   def show(step, batch, metrics):
+    if not hosts.is_first():
+      return
     if not last and path.exists():
       kept = [line for line in path.read_text().splitlines()
               if json.loads(line)["step"] < step - 1]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from mcpo_jax import objective_names, registry
+from mcpo_jax import objective_names, registry, sharding
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.models import hf
 from mcpo_jax.training import reference, setup
@@ -50,13 +50,15 @@ def is_start(config: dict[str, Any]) -> bool:
 
 def host_token_logps(model: stage_lib.Model, params):
   """streams -> [S, T] on the host, with fixed weights."""
-  function = jax.jit(model.token_logps)
+  function = jax.jit(
+      model.token_logps, out_shardings=sharding.replicated(model.mesh))
   return lambda chunk: np.asarray(function(params, model.put(chunk)))
 
 
 def host_sequence_logps(model: stage_lib.Model, params):
   """batch -> [B, K] on the host, with fixed weights."""
-  function = jax.jit(model.sequence_logps, static_argnums=(2, 3))
+  function = jax.jit(model.sequence_logps, static_argnums=(2, 3),
+                     out_shardings=sharding.replicated(model.mesh))
 
   def logps(batch):
     return np.asarray(sum(

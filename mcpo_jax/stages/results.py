@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, hosts
 from mcpo_jax.models import hf
 from mcpo_jax.training import setup
 
@@ -25,6 +25,24 @@ def save_model(run, folder, params, model) -> None:
                  tokenizer_dir=run.workdir / "tokenizer",
                  stop_ids=run.tokenizer.stop_ids)
   commit.write_manifest(folder, {})
+  hosts.wait_for_first("a model")
+
+
+def read_result(run: setup.Run, stage: str) -> dict[str, Any] | None:
+  """What a stage that has finished gave; None before."""
+  path = run.workdir / stage / "result.json"
+  return hosts.from_first(
+      f"the result of {stage}",
+      lambda: json.loads(path.read_text()) if path.exists() else None)
+
+
+def write_result(
+    run: setup.Run, stage: str, result: dict[str, Any]
+) -> dict[str, Any]:
+  """Ends a stage; gives the result back."""
+  commit.write_file(run.workdir / stage / "result.json",
+                    json.dumps(result, indent=1))
+  return result
 
 
 def find_start(run: setup.Run) -> pathlib.Path | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, registry, sharding, types
+from mcpo_jax import errors, hosts, registry, sharding, types
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import preferences
 from mcpo_jax.models import decoder, hf, reward, scoring
@@ -50,9 +49,10 @@ def run_reward_model(
   """Trains on the pairs of reward_model.data_path; the result, a folder that
   `reward.path` takes, lies in <workdir>/reward_model/model."""
   config, folder = run.config, run.workdir / "reward_model"
-  group, done = config["reward_model"], folder / "result.json"
-  if done.exists():
-    return json.loads(done.read_text())
+  group = config["reward_model"]
+  done = results.read_result(run, "reward_model")
+  if done is not None:
+    return done
   model, start = open_reward_model(run)
   data = setup.open_store(
       run, group["data_path"], group["data_format"], name="reward_model")
@@ -88,6 +88,7 @@ def run_reward_model(
   hf.save_params(folder / "model", params, model.config,
                  tokenizer_dir=run.workdir / "tokenizer",
                  card="Trained on pairs by the Bradley-Terry loss.\n")
+  hosts.wait_for_first("a reward model")
   result = {"reward_model/sha256": hf.params_sha256(params),
             "reward_model/step": step}
   if evaluate:
@@ -95,8 +96,7 @@ def run_reward_model(
     result |= {f"reward_model/{name}": value for name, value in values.items()}
     if not values["accuracy_ci95_low"] > 0.5:
       logging.warning("reward_model: no better than chance on held-out pairs")
-  commit.write_file(done, json.dumps(result))
-  return result
+  return results.write_result(run, "reward_model", result)
 
 
 def open_reward_model(
@@ -147,7 +147,8 @@ def make_evaluate(
   interval over prompts; None without held-out pairs."""
   if not held:
     return None
-  scores_of = jax.jit(model.sequence_logps, static_argnums=(2, 3))
+  scores_of = jax.jit(model.sequence_logps, static_argnums=(2, 3),
+                      out_shardings=sharding.replicated(model.mesh))
   fields = [np.concatenate([getattr(batch.meta, name) for batch in held])
             for name in ("role", "scores")]
 

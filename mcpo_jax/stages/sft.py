@@ -1,13 +1,12 @@
 """The stage sft: imitation of sft.data_path, the start of all that follows."""
 
-import json
 import shutil
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit
+from mcpo_jax import commit, hosts
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results
 from mcpo_jax.training import batch as batch_lib
@@ -18,9 +17,9 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   """Imitates sft.data_path; the result lies in <workdir>/sft/model and, for
   other runs with the same settings and data, in the cache."""
   config, folder = run.config, run.workdir / "sft"
-  done = folder / "result.json"
-  if done.exists():
-    return json.loads(done.read_text())
+  done = results.read_result(run, "sft")
+  if done is not None:
+    return done
   data = setup.open_store(
       run, config["sft"]["data_path"], config["sft"]["data_format"], name="sft")
   model, start = setup.open_model(run, run.model_dir)
@@ -32,13 +31,19 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       config["data"]["num_streams"]])
   shared, target = run.cache / "starts" / key, folder / "model"
   stage = setup.stage_of(config, len(rows), supervised=True)
-  if (shared / commit.MANIFEST).exists():
+
+  def copy() -> bool:
+    """Takes the start from the cache, if it is there."""
+    if not (shared / commit.MANIFEST).exists():
+      return False
     logging.info("sft: the same start was trained before, in %s", shared)
     commit.verify(shared)
     shutil.rmtree(target, ignore_errors=True)
     commit.write_folder(
         target, lambda to: shutil.copytree(shared, to, dirs_exist_ok=True), {})
-  else:
+    return True
+
+  if not hosts.from_first("a start", copy):
     make_batch = batch_lib.make_batch_fn(
         data, rows, batch_size=stage.batch_size, seed=stage.seed,
         num_slots=data.max_candidates, preferred="best", top_k=None)
@@ -49,8 +54,7 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     results.save_model(run, target, params, model)
     commit.write_folder(
         shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})
-  params = hf.load_params(target, model.config)
-  result = {"params/sha256": hf.params_sha256(params),
-            "step": stage.num_steps}
-  commit.write_file(done, json.dumps(result))
-  return result
+  params = hf.load_params(
+      target, model.config, shardings=model.param_shardings)
+  return results.write_result(run, "sft", {
+      "params/sha256": hf.params_sha256(params), "step": stage.num_steps})

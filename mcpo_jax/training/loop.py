@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import checkpoints, errors, faults, registry, types
+from mcpo_jax import checkpoints, errors, faults, hosts, registry, types
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import estimator, performance, update
 from mcpo_jax.training import metrics as metrics_lib
@@ -161,7 +161,10 @@ def train(
     meter.close()
     if rounds is not None:
       rounds.close()
-    keeper.close()  # also commits a save that was under way at an error
+    # Also commits a save that was under way at an error, unless others, who
+    # may not come to that, would have to take part.
+    if hosts.count() == 1 or sys.exc_info()[0] is None:
+      keeper.close()
 
 
 def _train(

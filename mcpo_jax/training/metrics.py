@@ -1,6 +1,7 @@
 """Where metrics go: metrics.jsonl always, TensorBoard and W&B if asked.
 
-A sink that fails is dropped with one warning; training goes on.
+A sink that fails is dropped with one warning; training goes on. Of several
+processes the first alone has sinks.
 """
 
 import hashlib
@@ -11,7 +12,7 @@ from typing import Any
 
 from absl import logging
 
-from mcpo_jax import commit
+from mcpo_jax import commit, hosts
 
 
 def one_line(values: dict[str, Any]) -> str:
@@ -28,7 +29,10 @@ class Writer:
   def __init__(self, workdir: pathlib.Path, *, tensorboard: bool = False,
                wandb: bool = False):
     self.path = pathlib.Path(workdir) / "metrics.jsonl"
-    self._sinks = {"metrics.jsonl": self._write_line}
+    self._sinks = {}
+    if not hosts.is_first():
+      return
+    self._sinks["metrics.jsonl"] = self._write_line
     if tensorboard:
       self._add("tensorboard", _tensorboard_sink, workdir)
     if wandb:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, types
+from mcpo_jax import commit, errors, hosts, types
 from mcpo_jax.training import batch as batch_lib
 
 ROWS_PER_SHARD = 256
@@ -73,11 +73,16 @@ class ReferenceCache:
     self._folder = pathlib.Path(folder)
     self._num_rows = num_rows
     self._shards: dict[int, tuple[np.ndarray, ...]] = {}
-    for first in range(0, num_rows, ROWS_PER_SHARD):
-      shard = self._folder / f"{first:08d}"
-      if shard.exists():
-        commit.verify(shard)
-        self._open(first)
+    for first in hosts.from_first("reference log-probs", self._committed):
+      self._open(first)
+
+  def _committed(self) -> list[int]:
+    """First rows of the shards that are there, verified."""
+    there = [first for first in range(0, self._num_rows, ROWS_PER_SHARD)
+             if (self._folder / f"{first:08d}").exists()]
+    for first in there:
+      commit.verify(self._folder / f"{first:08d}")
+    return there
 
   def _open(self, first: int) -> None:
     shard = self._folder / f"{first:08d}"
@@ -117,6 +122,7 @@ class ReferenceCache:
 
       commit.write_folder(self._folder / f"{first:08d}", write,
                           {"first_row": first, "rows": len(rows)})
+      hosts.wait_for_first("reference log-probs")
       self._open(first)
 
   def logps(self, row: int) -> np.ndarray:

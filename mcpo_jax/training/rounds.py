@@ -6,6 +6,8 @@ written by the weights published `lag` rounds before it begins, never by those
 that happen to be there: with a lag a thread makes them while earlier rounds
 train, and a round that is not ready is waited for. Each round is one committed
 folder, so a run that restarts in the middle of one trains on the same sets.
+Several processes make a round between two updates, whatever the lag: what runs
+on the devices of all must be begun by all in the same order.
 """
 
 import concurrent.futures
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, faults, types
+from mcpo_jax import commit, errors, faults, hosts, types
 from mcpo_jax.data import batches
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import step as step_lib
@@ -156,7 +158,7 @@ class Rounds:
     plan, metrics = self._plan, {}
     current, place = divmod(step, plan.num_steps)
     if self._usable is None:
-      self._discard_after(step)
+      hosts.from_first("rounds", lambda: self._discard_after(step))
     if place == 0:
       policy, moving = state.params, state.moving
       if plan.extrapolation:
@@ -175,7 +177,7 @@ class Rounds:
       pool = self._open(current)
       if place == 0:
         metrics = pool.metrics
-        self._check(step, pool)
+        hosts.from_first("alarms", lambda: self._check(step, pool))
       self._usable = current, self._contrast_sets(current, pool)
     return state, metrics
 
@@ -218,25 +220,34 @@ class Rounds:
   def _begin(self, number: int, weights: Weights, step: int) -> None:
     """Starts to make a round that is not on disk already."""
     place = self._place(number)
-    if place.exists():
-      try:
-        commit.verify(place)
-        return
-      except errors.CheckpointError as e:
-        logging.warning("round %d is made again: %s", number, e)
-        shutil.rmtree(place)
+    if hosts.from_first("a round", lambda: self._is_there(number)):
+      return
 
     def make(weights):
       pool = self._fill(number, weights, step)
       faults.point("online.scored")
       write_pool(place, pool)
+      hosts.wait_for_first("candidates")
       faults.point("online.committed")
 
-    if self._plan.lag == 0:
+    if self._plan.lag == 0 or hosts.count() > 1:
       make(weights)
     else:  # the trainer gives its own arrays away at the next update
       copied = jax.tree.map(jnp.copy, weights)
       self._pending[number] = self._thread.submit(make, copied)
+
+  def _is_there(self, number: int) -> bool:
+    """Whether the round is on disk; a damaged one is removed."""
+    place = self._place(number)
+    if not place.exists():
+      return False
+    try:
+      commit.verify(place)
+      return True
+    except errors.CheckpointError as e:
+      logging.warning("round %d is made again: %s", number, e)
+      shutil.rmtree(place)
+      return False
 
   def _open(self, number: int) -> Pool:
     if number in self._pending:

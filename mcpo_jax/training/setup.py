@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from absl import logging
 from mcpo_jax import (
     commit,
     errors,
+    hosts,
     objective_names,
     registry,
     settings,
@@ -76,11 +78,15 @@ def open_run(
   Raises:
     ConfigError, CheckpointError, ModelDirError, ResourceError.
   """
-  claim(config, workdir)
+  hosts.from_first("the workdir", lambda: claim(config, workdir))
   cache = pathlib.Path(
       config["cache_dir"] or os.environ.get("MCPO_CACHE")
-      or pathlib.Path.home() / ".cache" / "mcpo_jax")
+      or (workdir if hosts.count() > 1 else pathlib.Path.home())
+      / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
+  if hosts.count() > 1:
+    check_shared(workdir)
+    check_shared(cache)
   keep_programs(cache)
   check_devices()
   mesh, sampler_mesh = open_meshes(config)
@@ -117,6 +123,12 @@ def open_meshes(
     ConfigError: config.mesh.
   """
   devices, own = jax.devices(), config["generation"]["num_devices"]
+  for key in ("num_devices", "url"):
+    if hosts.count() > 1 and config["generation"][key] is not None:
+      raise errors.ConfigError(
+          "hosts.generation", "several processes sample on the mesh that "
+          "trains", where=f"generation.{key}", got=config["generation"][key],
+          want=None)
   if own is None:
     return sharding.make_mesh(**config["mesh"]), None
   if own >= len(devices):
@@ -140,12 +152,20 @@ def resolve_once(
   same weights though the branch has moved.
   """
   stored = workdir / "revisions.json"
-  commits = json.loads(stored.read_text()) if stored.exists() else {}
   name = f"{path}@{revision or 'main'}"
-  folder = hf.resolve_model(path, commits.get(name, revision))
-  if not pathlib.Path(path).expanduser().is_dir() and name not in commits:
-    commit.write_file(stored, json.dumps(commits | {name: folder.name}))
-  return folder
+
+  def resolve() -> tuple[str, bool]:
+    commits = json.loads(stored.read_text()) if stored.exists() else {}
+    folder = hf.resolve_model(path, commits.get(name, revision))
+    local = pathlib.Path(path).expanduser().is_dir()
+    if not local and name not in commits:
+      commit.write_file(stored, json.dumps(commits | {name: folder.name}))
+    return str(folder), local
+
+  folder, local = hosts.from_first("a model", resolve)
+  if local or hosts.is_first():
+    return pathlib.Path(folder)
+  return hf.resolve_model(path, pathlib.Path(folder).name)
 
 
 _locks: dict[pathlib.Path, Any] = {}  # open files; a lock ends with its process
@@ -177,6 +197,29 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
           "config.other_run", "the workdir holds a run of another config",
           where=str(path), got="; ".join(changed[:20]),
           hint="use a fresh --workdir, or the config of that run")
+
+
+def check_shared(folder: pathlib.Path) -> None:
+  """Refuses a folder that not all processes see.
+
+  Raises:
+    ResourceError: hosts.shared.
+  """
+  path = folder / ".shared"
+
+  def mark() -> str:
+    text = os.urandom(8).hex()
+    commit.write_file(path, text)
+    return text
+
+  want, deadline = hosts.from_first(str(folder), mark), time.monotonic() + 30
+  while not path.exists() or path.read_text() != want:
+    if time.monotonic() > deadline:
+      raise errors.ResourceError(
+          "hosts.shared", "not the folder that the first process has",
+          where=f"{folder} on {socket.gethostname()}",
+          want="a file system that all hosts share")
+    time.sleep(0.1)  # network file systems remember that there was no file
 
 
 def lock(workdir: pathlib.Path) -> None:
@@ -215,7 +258,9 @@ def check_devices() -> None:
   """Says which devices are used, and when an accelerator lies idle.
 
   Raises:
-    ResourceError: device, if the kind that was asked for is not there.
+    ResourceError: device, if the kind that was asked for is not there;
+      hosts.join, the devices are those of several processes that have not
+      found each other.
   """
   try:
     devices = jax.devices()
@@ -224,8 +269,13 @@ def check_devices() -> None:
         "device", str(e).split("\n")[0], where="JAX_PLATFORMS",
         got=os.environ.get("JAX_PLATFORMS"),
         hint="unset JAX_PLATFORMS to take what there is") from e
-  logging.info("jax %s on %d %s device(s)", jax.__version__, len(devices),
-               devices[0].platform)
+  if jax.process_count() != hosts.count():
+    raise errors.ResourceError(
+        "hosts.join", "the devices are those of several processes",
+        where="MCPO_COORDINATOR", got=jax.process_count(), want=hosts.count(),
+        hint="MCPO_COORDINATOR=auto")
+  logging.info("jax %s on %d %s device(s) of %d process(es)", jax.__version__,
+               len(devices), devices[0].platform, hosts.count())
   if devices[0].platform == "cpu" and os.environ.get(
       "JAX_PLATFORMS", "") != "cpu":
     for what, node, extra in (("GPU", "/dev/nvidia0", "cuda"),
@@ -261,18 +311,20 @@ def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
   if path is None or (model_dir and path == config["model"]["path"]):
     path = model_dir
   own = workdir / "tokenizer"
-  if path is None and not own.exists():
-    commit.write_folder(
-        own, lambda folder: tokenizer_lib.train_tokenizer(
-            training_texts(config), vocab_size=options["vocab_size"],
-            out_dir=folder, chat_template=options["chat_template"]), {})
-  tokenizer = tokenizer_lib.load_tokenizer(
-      str(path or own), chat_template=options["chat_template"],
-      chat_template_kwargs=json.loads(options["chat_template_kwargs"] or "{}"),
-      date=options["date"], bos=options["bos"],
-      think=config["data"]["think"])
-  if not own.exists():  # what exports carry
-    commit.write_folder(own, tokenizer.save, {})
+  with hosts.first_goes_ahead("the tokenizer"):
+    if path is None and not own.exists():
+      commit.write_folder(
+          own, lambda folder: tokenizer_lib.train_tokenizer(
+              training_texts(config), vocab_size=options["vocab_size"],
+              out_dir=folder, chat_template=options["chat_template"]), {})
+    tokenizer = tokenizer_lib.load_tokenizer(
+        str(path or own), chat_template=options["chat_template"],
+        chat_template_kwargs=json.loads(
+            options["chat_template_kwargs"] or "{}"),
+        date=options["date"], bos=options["bos"],
+        think=config["data"]["think"])
+    if not own.exists():  # what exports carry
+      commit.write_folder(own, tokenizer.save, {})
   return tokenizer
 
 
@@ -322,17 +374,18 @@ def open_store(
   `prompts_only` a row may be a prompt and nothing else.
   """
   data = run.config["data"]
-  return store_lib.build_store(
-      sources_of(run.config, path, format), run.tokenizer,
-      max_prompt_length=data["max_prompt_length"],
-      max_completion_length=data["max_completion_length"],
-      prompt_overlength=data["prompt_overlength"],
-      completion_overlength=data["completion_overlength"],
-      think=data["think"],
-      quarantine_path=(run.workdir / f"quarantine_{name}.jsonl"
-                       if data["quarantine"] else None),
-      max_quarantined_share=data["max_quarantined_share"],
-      prompts_only=prompts_only, cache_dir=run.cache / "data")
+  with hosts.first_goes_ahead(f"the data of {name}"):
+    return store_lib.build_store(
+        sources_of(run.config, path, format), run.tokenizer,
+        max_prompt_length=data["max_prompt_length"],
+        max_completion_length=data["max_completion_length"],
+        prompt_overlength=data["prompt_overlength"],
+        completion_overlength=data["completion_overlength"],
+        think=data["think"],
+        quarantine_path=(run.workdir / f"quarantine_{name}.jsonl"
+                         if data["quarantine"] else None),
+        max_quarantined_share=data["max_quarantined_share"],
+        prompts_only=prompts_only, cache_dir=run.cache / "data")
 
 
 def held_out(data: store_lib.Store, fraction: float) -> np.ndarray:

@@ -63,8 +63,8 @@ class Model(NamedTuple):
   ) -> types.Features:
     """[B, K] zeros, to add chunks to."""
     dtype = jnp.promote_types(self.compute_dtype, jnp.float32)
-    zeros = lambda: jax.device_put(jnp.zeros(batch.meta.role.shape, dtype),
-                                   sharding.replicated(self.mesh))
+    zeros = lambda: self.put_replicated(
+        np.zeros(batch.meta.role.shape, dtype))
     return types.Features(zeros(), {name: zeros() for name in terms})
 
   def token_logps(self, params, streams):

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from mcpo_jax import sharding, types
@@ -307,10 +308,10 @@ def make_step_functions(
     if objective.init_params is not None:
       params = params | {"objective": jax.jit(
           objective.init_params, out_shardings=replicated)()}
-    zeros = lambda tree: jax.tree.map(lambda s: jax.device_put(
-        jnp.zeros(s.shape, s.dtype), s.sharding), tree)
+    zeros = lambda tree: jax.tree.map(lambda s: sharding.put_global(
+        np.zeros(s.shape, s.dtype), s.sharding), tree)
     return TrainState(
-        step=jax.device_put(jnp.zeros((), jnp.int32), replicated),
+        step=zeros(state_shapes.step),
         params=params,
         opt_state=jax.jit(
             tx.init, out_shardings=whole(state_shapes.opt_state))(params),

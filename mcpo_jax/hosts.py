@@ -1,0 +1,260 @@
+"""Several processes, one run: which of them this is, and how they agree.
+
+All processes run the same program with the same config, and the devices of all
+make one mesh. The first one alone writes files and speaks; the others wait for
+what it has done and read it, from a file system that all of them share. An
+error of one of them ends all. A process learns its place from
+
+  MCPO_COORDINATOR    host:port of the first process, or "auto": JAX finds the
+                      place, as it does on TPU pods, GKE, Slurm and Open MPI
+  MCPO_NUM_PROCESSES  how many there are, unless "auto"
+  MCPO_PROCESS_ID     0, 1, ..., unless "auto"
+
+Without MCPO_COORDINATOR a process is alone, and nothing here costs anything.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn
+
+from absl import logging
+
+from mcpo_jax import errors
+
+JOIN_SECONDS = 300  # until all processes have come
+# Without a sign of life a process is lost; then all others end.
+HEARTBEAT_SECONDS = 30
+# The first process may tokenise for hours while the others wait.
+PATIENCE_SECONDS = 6 * 3600
+_LOOK_SECONDS = 60  # after which a process that waits says so
+_LEAVE_SECONDS = 5  # for all to hear of an error
+
+_ERROR = "mcpo_jax/error"
+_HEARD = "mcpo_jax/heard"
+
+
+class Place(NamedTuple):
+  """Which process this is."""
+
+  index: int = 0
+  count: int = 1
+  client: Any = None  # of JAX's coordination service
+  listener: threading.Thread | None = None
+
+
+_place = Place()
+_alone = False  # whether the others wait for what this process does now
+_turns = itertools.count()
+
+
+def count() -> int:
+  """How many processes there are."""
+  return _place.count
+
+
+def is_first() -> bool:
+  """Whether this process writes and speaks; true of one that is alone."""
+  return _place.index == 0
+
+
+def expected() -> bool:
+  """Whether the environment says that there are several processes."""
+  return bool(os.environ.get("MCPO_COORDINATOR"))
+
+
+def join() -> None:
+  """Finds the other processes, if there are any. Before any use of a device.
+
+  Raises:
+    ConfigError: hosts.place, a variable is missing or makes no sense.
+    ResourceError: hosts.join, JAX did not find the others.
+  """
+  global _place
+  if not expected() or _place.client is not None:
+    return
+  options = _options()
+  import jax
+  from jax._src import distributed  # its client has no public name
+
+  try:
+    jax.distributed.initialize(
+        **options, initialization_timeout=JOIN_SECONDS,
+        heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        shutdown_timeout_seconds=HEARTBEAT_SECONDS)
+  except (RuntimeError, ValueError) as e:
+    raise errors.ResourceError(
+        "hosts.join", str(e).split("\n")[0], where="MCPO_COORDINATOR",
+        got=os.environ["MCPO_COORDINATOR"]) from e
+  state = distributed.global_state
+  listener = threading.Thread(target=_listen, daemon=True)
+  _place = Place(
+      state.process_id, state.num_processes, state.client, listener)
+  listener.start()
+  if not is_first():
+    logging.set_verbosity(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    sys.stdout = open(os.devnull, "w")
+
+
+def _options() -> dict[str, Any]:
+  """Arguments of jax.distributed.initialize, from the environment."""
+  address = os.environ["MCPO_COORDINATOR"]
+  if address == "auto":
+    return {}
+  numbers = []
+  for name in ("MCPO_NUM_PROCESSES", "MCPO_PROCESS_ID"):
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+      raise errors.ConfigError(
+          "hosts.place", "goes with MCPO_COORDINATOR", where=name,
+          got=text or None, want="a whole number",
+          hint="MCPO_COORDINATOR=auto where JAX can find it")
+    numbers.append(int(text))
+  number, index = numbers
+  if not index < number:
+    raise errors.ConfigError(
+        "hosts.place", "processes are counted from 0", where="MCPO_PROCESS_ID",
+        got=index, want=f"below MCPO_NUM_PROCESSES={number}")
+  host, _, port = address.rpartition(":")
+  if not host or not port.isdecimal():
+    raise errors.ConfigError(
+        "hosts.place", "no address", where="MCPO_COORDINATOR", got=address,
+        want="host:port of the first process, or auto")
+  # By itself the service listens on every network of the machine.
+  local = host in ("localhost", "127.0.0.1")
+  return {"coordinator_address": address, "num_processes": number,
+          "process_id": index, "cluster_detection_method": "deactivate",
+          "coordinator_bind_address": address if local else None}
+
+
+# --- agreement ----------------------------------------------------------------
+
+
+def from_first(what: str, make: Callable[[], Any]) -> Any:
+  """What `make` gives, a JSON value, in the first process, told to all.
+
+  Only the first process calls `make`; the others wait until it is done, so
+  this is also how they wait for its files. All call it, in the same order.
+
+  Args:
+    what: is made, for messages.
+    make: () -> a JSON value; what it raises ends the others too. What it asks
+      of the first process it asks of itself.
+
+  Raises:
+    ResourceError: hosts.timeout, the first process is too late; hosts.apart,
+      it is elsewhere in the program.
+  """
+  global _alone
+  if count() == 1 or _alone:
+    return make()
+  key = f"mcpo_jax/{next(_turns)}"
+  if is_first():
+    _alone = True
+    value = make()
+    _alone = False
+    _place.client.key_value_set(key, json.dumps([what, value]))
+  told, value = json.loads(_await(key, what))
+  if told != what:
+    raise errors.ResourceError(
+        "hosts.apart", "the processes do different things",
+        where=f"process {_place.index}", got=what, want=told,
+        hint="do all of them run the same code?")
+  return value
+
+
+@contextlib.contextmanager
+def first_goes_ahead(what: str) -> Iterator[None]:
+  """The others enter when the first process has left: what it makes there,
+  they find. For work of the host alone."""
+  if not is_first():
+    from_first(what, lambda: None)
+  yield
+  if is_first():
+    from_first(what, lambda: None)
+
+
+def wait_for_first(what: str) -> None:
+  """Returns when the first process has come here, with its files."""
+  from_first(what, lambda: None)
+
+
+def _await(key: str, what: str) -> str:
+  deadline = time.monotonic() + PATIENCE_SECONDS
+  while True:
+    try:
+      return _place.client.blocking_key_value_get(key, 1000 * _LOOK_SECONDS)
+    except RuntimeError as e:
+      if "DEADLINE_EXCEEDED" not in str(e):
+        raise
+    if time.monotonic() > deadline:
+      raise errors.ResourceError(
+          "hosts.timeout", "the first process does not come",
+          where=f"process {_place.index}", got=what,
+          want=f"within {PATIENCE_SECONDS} s")
+    logging.warning("process %d waits for the first one: %s", _place.index,
+                    what)
+
+
+# --- the end ------------------------------------------------------------------
+
+
+def leave() -> None:
+  """Ends what `join` began, where all has gone well."""
+  if count() == 1:
+    return
+  wait_for_first("the end")
+  if is_first():
+    _place.client.key_value_set(_ERROR, json.dumps(None))
+  _place.listener.join()  # a thread that runs at exit crashes the interpreter
+  import jax
+
+  jax.distributed.shutdown()
+
+
+def fail(text: str, code: int) -> NoReturn:
+  """Ends this process, and with it all others, which say `text`."""
+  if count() > 1:
+    with contextlib.suppress(RuntimeError):  # another one has failed too
+      _place.client.key_value_set(
+          _ERROR, json.dumps([_place.index, text, code]))
+    _leave(code)
+  sys.exit(code)
+
+
+def _listen() -> None:
+  """Waits, in a thread, for another process to fail."""
+  while True:
+    try:
+      told = _place.client.blocking_key_value_get(_ERROR, 1000 * _LOOK_SECONDS)
+      break
+    except RuntimeError as e:
+      if "DEADLINE_EXCEEDED" not in str(e):
+        return  # JAX itself ends this process
+  if json.loads(told) is None:  # the run is over
+    return
+  index, text, code = json.loads(told)
+  if index != _place.index:
+    print(f"process {index} failed: {text}", file=sys.stderr)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+  """Ends this process at once: an orderly end would wait for the others."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  client, deadline = _place.client, time.monotonic() + _LEAVE_SECONDS
+  with contextlib.suppress(RuntimeError):
+    if is_first():  # what all are told lies in this process
+      for i in range(1, count()):
+        left = max(deadline - time.monotonic(), 0.1)
+        client.blocking_key_value_get(f"{_HEARD}/{i}", int(1000 * left))
+    else:
+      client.key_value_set(f"{_HEARD}/{_place.index}", "")
+  os._exit(code)
