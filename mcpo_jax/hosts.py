@@ -185,6 +185,13 @@ def wait_for_first(what: str) -> None:
   from_first(what, lambda: None)
 
 
+def meet(what: str) -> None:
+  """Returns when all processes have come here."""
+  if count() > 1:
+    _place.client.wait_at_barrier(
+        f"mcpo_jax/{next(_turns)}/{what}", 1000 * PATIENCE_SECONDS)
+
+
 def _await(key: str, what: str) -> str:
   deadline = time.monotonic() + PATIENCE_SECONDS
   while True:

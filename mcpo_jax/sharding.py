@@ -6,6 +6,8 @@ decides. Rules are applied to ShapeDtypeStructs, so nothing is allocated.
 """
 
 import collections
+import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -14,10 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from mcpo_jax import errors
+from mcpo_jax import errors, hosts
 
 AXES = ("data", "fsdp", "context", "tensor")
 BATCH_SPEC = PartitionSpec(("data", "fsdp"))
@@ -133,6 +135,31 @@ def arrange_devices(
       devices,
       allow_split_physical_axes=True,
   )
+
+
+def connect(mesh: Mesh) -> None:
+  """Has the processes of a mesh find each other, group by group.
+
+  The first message of a group waits no longer than half a minute for all of it
+  to come (gloo, jax 0.10.2), later ones as long as it takes; here all come at
+  once.
+  """
+  axes = [name for name in AXES if mesh.shape[name] > 1]
+  groups = [group for n in range(1, len(axes) + 1)
+            for group in itertools.combinations(axes, n)]
+  one = put_global(np.ones((), np.int32), replicated(mesh))
+
+  @jax.jit
+  @functools.partial(
+      jax.shard_map, mesh=mesh, in_specs=PartitionSpec(),
+      out_specs=PartitionSpec(), check_vma=False)
+  def total(x):
+    return [jax.lax.psum(x, group) for group in groups]
+
+  program = total.lower(one).compile()
+  hosts.meet("the mesh")
+  jax.block_until_ready(program(one))
+  multihost_utils.sync_global_devices("the mesh")
 
 
 def path_name(path: tuple) -> str:

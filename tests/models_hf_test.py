@@ -1,10 +1,14 @@
 """Hugging Face folders without torch: in and out, whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
 import pathlib
 import shutil
+import tracemalloc
 
 import huggingface_hub
 import huggingface_hub.errors as hub_errors
@@ -99,6 +103,43 @@ def test_weights_go_straight_into_their_shards(folder):
     assert path.read_bytes() == (folder / "again" / path.name).read_bytes()
 
 
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_no_more_is_read_than_the_devices_hold(folder, monkeypatch):
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  shardings = sharding.infer_shardings(
+      decoder.param_shapes(CONFIG), decoder.PARAM_RULES, mesh
+  )
+  read, sizes = shards.Shards.read, {}
+
+  def note(self, name, index):
+    array = read(self, name, index)
+    sizes.setdefault(name, []).append(array.size)
+    return array
+
+  monkeypatch.setattr(shards.Shards, "read", note)
+  hf.load_params(folder, CONFIG, shardings=shardings)
+  for name, shape in shards.Shards(folder).shapes.items():
+    parts = 4 if len(shape) == 2 else len(sizes[name])
+    assert parts in (1, 2, 4)
+    # each of them once, though two devices have it
+    assert sizes[name] == [math.prod(shape) // parts] * parts
+
+
+def test_a_file_is_never_whole_in_memory(tmp_path):
+  config = dataclasses.replace(CONFIG, vocab_size=256, hidden_size=128,
+                               intermediate_size=512, num_layers=24)
+  params = jax.tree.map(
+      lambda x: jnp.ones(x.shape, x.dtype), decoder.param_shapes(config)
+  )
+  sizes = [x.nbytes for x in jax.tree.leaves(params)]
+  work = lambda: hf.save_params(tmp_path / "model", params, config)
+  work()  # compiles
+  tracemalloc.start()
+  work()
+  assert tracemalloc.get_traced_memory()[1] < sum(sizes) / 4
+  tracemalloc.stop()
+
+
 def test_the_hash_of_the_weights_sees_every_bit():
   params = make_params()
   seen = {hf.params_sha256(params)}
@@ -121,23 +162,28 @@ def test_the_hash_of_the_weights_sees_every_bit():
 @pytest.mark.parametrize("fault", ["killed", "wrong bytes"])
 def test_a_failed_export_leaves_the_old_one(fault, folder, monkeypatch):
   before = {p.name: p.read_bytes() for p in folder.iterdir()}
-  save, load = safetensors.numpy.save_file, safetensors.numpy.load_file
-  calls = []
+  write, calls = hf.write_file, []
 
-  def save_two(tensors, path, **kw):
+  def write_two(path, shapes, dtype, tensors):
     calls.append(path)
     if fault == "killed" and len(calls) == 3:
       raise KeyboardInterrupt
-    save(tensors, path, **kw)
+    write(path, shapes, dtype, tensors)
 
-  def load_wrong(path):
-    tensors = load(path)
-    next(iter(tensors.values())).flat[0] += 1
-    return tensors
+  @contextlib.contextmanager
+  def open_wrong(path, framework):
+    with open(path, "r+b") as file:  # the last bit of the last tensor
+      file.seek(-1, os.SEEK_END)
+      last = file.read(1)[0]
+      file.seek(-1, os.SEEK_END)
+      file.write(bytes([last ^ 1]))
+    with open_file(path, framework=framework) as file:
+      yield file
 
-  monkeypatch.setattr(safetensors.numpy, "save_file", save_two)
+  open_file = safetensors.safe_open
+  monkeypatch.setattr(hf, "write_file", write_two)
   if fault == "wrong bytes":
-    monkeypatch.setattr(safetensors.numpy, "load_file", load_wrong)
+    monkeypatch.setattr(safetensors, "safe_open", open_wrong)
   with pytest.raises((KeyboardInterrupt, errors.ModelDirError)) as caught:
     hf.save_params(folder, make_params(), CONFIG, max_shard_bytes=3_000)
   if fault == "wrong bytes":

@@ -1,12 +1,14 @@
 """Hugging Face folders: read them, write them; hub.py finds them.
 
-Weights go from file to device shard by shard and back, so no host holds the
-whole model. The names of the tensors are a table.
+Weights go from file to device shard by shard, one parameter after the other,
+and back tensor by tensor, so no host holds the whole model. The names of the
+tensors are a table.
 """
 
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import re
 import shutil
@@ -16,13 +18,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
 from mcpo_jax import commit, errors, sharding
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, hub
 from mcpo_jax.models.config import ModelConfig
-from mcpo_jax.models.shards import INDEX, SINGLE, Shards, read_json
+from mcpo_jax.models.shards import (
+    INDEX,
+    SINGLE,
+    Shards,
+    read_json,
+    write_file,
+)
 from mcpo_jax.types import Params
 
 logger = logging.getLogger(__name__)
@@ -197,9 +204,25 @@ def load_params(
     def read(index):
       if not _stacked(path):
         return read_one(names[0], index)
-      return np.stack([read_one(name, index[1:]) for name in names[index[0]]])
+      chosen, sizes = names[index[0]], [
+          len(range(*cut.indices(size)))
+          for cut, size in zip(index[1:], shape.shape[1:])]
+      out = np.empty((len(chosen), *sizes), shape.dtype)
+      for layer, name in enumerate(chosen):
+        out[layer] = read_one(name, index[1:])
+      return out
 
-    return jax.make_array_from_callback(shape.shape, placed, read)
+    seen = {}  # devices of one data axis have the same slices
+
+    def once(index):
+      key = str(index)
+      if key not in seen:
+        seen[key] = read(index)
+      return seen[key]
+
+    # Ready before the next is read: a transfer keeps what it reads from.
+    return jax.block_until_ready(
+        jax.make_array_from_callback(shape.shape, placed, once))
 
   return jax.tree_util.tree_map_with_path(load, shapes, shardings)
 
@@ -317,7 +340,8 @@ def save_params(
   groups = _plan(config, shapes, max_shard_bytes)
   if jax.process_index():
     for group in groups:  # takes part in gathering
-      _host_tensors(params, group)
+      for _ in _host_tensors(params, group):
+        pass
     return
 
   def write(folder: pathlib.Path) -> None:
@@ -345,32 +369,27 @@ def save_params(
 
 
 def _plan(config, shapes, max_bytes) -> list[list[tuple]]:
-  """Which tensors go in which file: lists of (name, path, layer)."""
+  """Which tensors go in which file: lists of entries of `_expected`."""
   groups, size = [[]], 0
-  for name, shape, path, layer in _expected(config, shapes):
-    leaf = shapes
-    for key in path:
-      leaf = leaf[key.key]
-    nbytes = int(np.prod(shape)) * leaf.dtype.itemsize
+  itemsize = jax.tree.leaves(shapes)[0].dtype.itemsize
+  for entry in _expected(config, shapes):
+    nbytes = math.prod(entry[1]) * itemsize
     if groups[-1] and size + nbytes > max_bytes:
       groups.append([])
       size = 0
     size += nbytes
-    groups[-1].append((name, path, layer))
+    groups[-1].append(entry)
   return groups
 
 
-def _host_tensors(params: Params, group: list[tuple]) -> dict[str, np.ndarray]:
-  tensors = {}
-  for name, path, layer in group:
+def _host_tensors(params: Params, group: list[tuple]) -> Iterator[np.ndarray]:
+  """The tensors of a file, one after the other."""
+  for _, _, path, layer in group:
     leaf = params
     for key in path:
       leaf = leaf[key.key]
-    leaf = leaf if layer is None else leaf[layer]
-    array = to_host(leaf)
-    turned = path[-1].key == "kernel"
-    tensors[name] = np.ascontiguousarray(array.T if turned else array)
-  return tensors
+    array = to_host(leaf if layer is None else leaf[layer])
+    yield array.T if path[-1].key == "kernel" else array
 
 
 def to_host(array: jax.Array) -> np.ndarray:
@@ -386,23 +405,15 @@ def _write_weights(
     folder: pathlib.Path, params: Params, groups: list[list[tuple]]
 ) -> None:
   weight_map, total = {}, 0
+  dtype = jax.tree.leaves(params)[0].dtype
   for number, group in enumerate(groups):
     name = SINGLE
     if len(groups) > 1:
       name = f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-    tensors = _host_tensors(params, group)
-    safetensors.numpy.save_file(
-        tensors, folder / name, metadata={"format": "pt"}
-    )
-    written = safetensors.numpy.load_file(folder / name)
-    for tensor, array in tensors.items():
-      if written[tensor].tobytes() != array.tobytes():
-        raise errors.ModelDirError(
-            "hf.export", "the file differs from the weights in memory",
-            where=f"{name}: {tensor}", hint="check the disk",
-        )
-      weight_map[tensor] = name
-      total += array.nbytes
+    sizes = {tensor: shape for tensor, shape, _, _ in group}
+    write_file(folder / name, sizes, dtype, _host_tensors(params, group))
+    weight_map |= dict.fromkeys(sizes, name)
+    total += dtype.itemsize * sum(map(math.prod, sizes.values()))
   if len(groups) > 1:
     _write_json(
         folder / INDEX,

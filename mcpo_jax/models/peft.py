@@ -145,8 +145,6 @@ def save_adapters(
     stacked = hf.to_host(leaf)
     for name, one in zip(_tensors_of(place, config), stacked, strict=True):
       tensors[name] = np.ascontiguousarray(one.T.astype(np.float32))
-  if jax.process_index():
-    return
   targets = [
       (part, name) for part, name in lora.projections()
       if name in trained["layers"].get(part, {})
@@ -155,6 +153,8 @@ def save_adapters(
   one = policy["layers"][part][name]
   rank = one["lora_a"].shape[-1]
   alpha = float(jnp.ravel(one["lora_scale"])[0]) * rank
+  if jax.process_index():
+    return
 
   def write(folder: pathlib.Path) -> None:
     safetensors.numpy.save_file(

@@ -1,12 +1,15 @@
 """Safetensors folders: which tensor lies in which file, checked both ways.
 
-Nothing is read but headers until a slice is asked for. No pickled format is
-ever opened, no path leaves the folder.
+Nothing is read but headers until a slice is asked for, and files are written
+tensor by tensor. No pickled format is ever opened, no path leaves the folder.
 """
 
+import hashlib
 import json
+import math
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,8 @@ from mcpo_jax import errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_DTYPES = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16",
+           "BF16": "bfloat16"}
 
 
 def read_json(folder: pathlib.Path, name: str, slug: str) -> dict[str, Any]:
@@ -60,6 +64,48 @@ def safe_path(folder: pathlib.Path, name: str) -> pathlib.Path:
         got=name,
     )
   return path
+
+
+def write_file(
+    path: pathlib.Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[np.ndarray],
+) -> None:
+  """Writes a file of tensors, one in memory at a time, and reads it back.
+
+  Args:
+    path: of the file.
+    shapes: tensor name -> shape.
+    dtype: of all tensors.
+    tensors: in the order of `shapes`.
+
+  Raises:
+    ModelDirError: `hf.export`, the disk does not hold what was written.
+  """
+  code = next(c for c, name in _DTYPES.items() if name == dtype.name)
+  header, end = {"__metadata__": {"format": "pt"}}, 0
+  for name, shape in shapes.items():
+    start, end = end, end + math.prod(shape) * dtype.itemsize
+    header[name] = {
+        "dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+  digests = []
+  with open(path, "wb") as file:
+    file.write(len(text).to_bytes(8, "little") + text)
+    for array in tensors:
+      content = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+      digests.append(hashlib.sha256(content).digest())
+      file.write(content)
+  with safetensors.safe_open(path, framework="numpy") as file:
+    for name, digest in zip(shapes, digests, strict=True):
+      written = file.get_tensor(name).reshape(-1).view(np.uint8)
+      if hashlib.sha256(written).digest() != digest:
+        raise errors.ModelDirError(
+            "hf.export", "the file differs from the weights in memory",
+            where=f"{path.name}: {name}", hint="check the disk",
+        )
 
 
 class Shards:

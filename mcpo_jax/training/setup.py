@@ -90,6 +90,8 @@ def open_run(
   keep_programs(cache)
   check_devices()
   mesh, sampler_mesh = open_meshes(config)
+  if hosts.count() > 1:
+    sharding.connect(mesh)
   say_precision(config["model"], mesh.devices.flat[0])
   if config["model"]["remat"] == "offload":
     sharding.check_host_memory(mesh, "model.remat")
