@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -26,10 +27,67 @@ def test_script_parses_and_stops_at_the_first_error(script):
   assert "set -euo pipefail" in lines
 
 
-def test_run_local_names_the_variable_that_is_missing():
-  done = _run("bash", str(ROOT / "launch" / "run_local.sh"), CONFIG="")
+@pytest.mark.parametrize("script, given, message", [
+    ("run_local", {"CONFIG": ""}, "CONFIG: the config file"),
+    ("run_local", {"CONFIG": "c", "WORKDIR": ""}, "WORKDIR: the folder"),
+    ("tpu_pod", {"TPU_NAME": ""}, "TPU_NAME: the name of the TPU"),
+    ("tpu_pod", {"TPU_NAME": "t", "ZONE": ""}, "ZONE: its zone"),
+    ("slurm", {"SLURM_SUBMIT_DIR": ""}, "call this by sbatch"),
+    ("slurm", {"SLURM_SUBMIT_DIR": ".", "CONFIG": ""}, "CONFIG: the config"),
+])
+def test_a_script_names_the_variable_that_is_missing(script, given, message):
+  done = _run("bash", str(ROOT / "launch" / f"{script}.sh"), **given)
   assert done.returncode != 0
-  assert "CONFIG: the config file" in done.stderr
+  assert message in done.stderr
+
+
+@pytest.fixture
+def told(tmp_path):
+  """The environment of a script in which python, srun and gcloud write what
+  they are told to the file `told`; python exits with its process id."""
+  for name in ("python", "srun", "gcloud"):
+    path = tmp_path / "bin" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(
+        "#!/bin/sh\n"
+        'echo "$MCPO_COORDINATOR $MCPO_NUM_PROCESSES $MCPO_PROCESS_ID $*"'
+        f' >> "{tmp_path}/told"\n'
+        'exit "${MCPO_PROCESS_ID:-0}"\n')
+    path.chmod(0o755)
+  shutil.copy(ROOT / "requirements.txt", tmp_path / "installed.txt")
+  shutil.copy(ROOT / "pyproject.toml", tmp_path / "installed-cuda.toml")
+  return {"MCPO_VENV": str(tmp_path), "CONFIG": "c.py", "WORKDIR": "a run",
+          "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+
+
+LINE = "-m mcpo_jax train --config=c.py --workdir=a run --config.seed=1"
+
+
+def test_run_local_starts_processes_that_know_their_place(told, tmp_path):
+  done = _run("bash", str(ROOT / "launch" / "run_local.sh"),
+              "--config.seed=1", PROCESSES="3", PORT="8000", **told)
+  assert done.returncode == 2  # of the last that failed
+  assert sorted((tmp_path / "told").read_text().splitlines()) == [
+      f"127.0.0.1:8000 3 {i} {LINE}" for i in range(3)]
+
+
+def test_slurm_leaves_the_place_of_a_process_to_jax(told, tmp_path):
+  done = _run("bash", str(ROOT / "launch" / "slurm.sh"), "--config.seed=1",
+              SLURM_SUBMIT_DIR=str(ROOT), **told)
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "told").read_text() == (
+      f"auto   --kill-on-bad-exit=1 {tmp_path}/bin/python {LINE}\n")
+
+
+def test_all_workers_of_a_tpu_get_the_same_line(told, tmp_path):
+  done = _run("bash", str(ROOT / "launch" / "tpu_pod.sh"), "--config.seed=1",
+              TPU_NAME="t", ZONE="z", **told)
+  assert done.returncode == 0, done.stderr
+  (text,) = (tmp_path / "told").read_text().splitlines()
+  assert "tpu-vm ssh t --zone=z --worker=all" in text
+  assert text.endswith(
+      "--command=cd mcpo_jax && MCPO_COORDINATOR=auto EXTRA=tpu CONFIG=c.py "
+      "WORKDIR=a\\ run bash launch/run_local.sh --config.seed=1")
 
 
 def test_setup_refuses_an_old_python(tmp_path):
