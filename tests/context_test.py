@@ -28,10 +28,11 @@ CONFIG = ModelConfig(
     local_layers=(True, False),
 )
 LENGTH = 512
-# Prompts and candidates that begin and end in different parts of a stream.
+# Prompts and candidates that begin and end in different parts of a stream; two
+# streams on a device.
 SETS = models_streams.random_sets(
-    np.random.default_rng(0), CONFIG.vocab_size, [100, 301],
-    [[170, 90, 60], [3, 128]],
+    np.random.default_rng(0), CONFIG.vocab_size, [100, 301, 7, 256],
+    [[170, 90, 60], [3, 128], [400], [1, 2]],
 )
 
 
@@ -74,7 +75,7 @@ def step_on(fsdp, context, tensor):
 def test_a_step_is_the_same_with_streams_in_parts():
   logps, gradients, _ = step_on(1, 1, 1)
   got, got_gradients, _ = step_on(2, 2, 2)
-  assert (logps < 0).sum() == 170 + 90 + 60 + 3 + 128
+  assert (logps < 0).sum() == 170 + 90 + 60 + 3 + 128 + 400 + 1 + 2
   np.testing.assert_allclose(got, logps, rtol=0, atol=1e-5)
   scale = max(np.abs(x).max() for x in jax.tree.leaves(gradients))
   jax.tree.map(
@@ -87,7 +88,7 @@ def test_keys_and_values_are_gathered_and_no_states():
   *_, program = step_on(2, 2, 2)
   gathered = set(re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", program))
   heads = CONFIG.num_kv_heads // 2
-  assert f"1,{LENGTH},{heads},{CONFIG.head_dim}" in gathered
+  assert f"2,{LENGTH},{heads},{CONFIG.head_dim}" in gathered
   wide = (f"{LENGTH},{CONFIG.hidden_size}", f"{LENGTH},{CONFIG.vocab_size}",
           f"{LENGTH},{CONFIG.intermediate_size}")
   assert not [x for x in gathered if x.endswith(wide)]

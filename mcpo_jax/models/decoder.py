@@ -296,8 +296,11 @@ def _mlp(h, weights, config):
 
 def _linear(x, weights):
   # Two axes: XLA:CPU is slow at a product that sums over two axes at once,
-  # which the gradient of the weights would be.
-  flat = x.reshape(-1, x.shape[-1])
+  # which the gradient of the weights would be. But where both axes of streams
+  # are split over devices one axis of them could not be.
+  flat = x
+  if sharding.axis_size("context") == 1:
+    flat = x.reshape(-1, x.shape[-1])
   y = flat @ weights["kernel"].astype(x.dtype)
   if "lora_a" in weights:
     a, b, scale = (
