@@ -355,6 +355,9 @@ def _resolve_lora(config) -> list[errors.McpoError]:
             "config.range", "no such projection", where="lora.targets",
             got=name, want=" | ".join(PROJECTIONS),
             hint=errors.nearest(str(name), PROJECTIONS)))
+    if not model["path"] and "sft" not in (config["stages"] or ()):
+      refuse("config.missing", "adapters to random weights are of no use",
+             "model.path", "a folder, a hub name, or the stage sft")
   if path is not None:
     if not os.path.isdir(path):
       refuse("config.missing", "no such folder", "model.adapter_path",

@@ -443,6 +443,8 @@ CONFIGS = [
             "config.range", "lora.targets"),
     _config("A1 alpha", _set("lora.rank=4", "lora.alpha=0"), "config.range",
             "lora.alpha"),
+    _config("A1 base", _set("lora.rank=4", "stages=preference"),
+            "config.missing", "model.path"),
     _config("A2 alpha", _set("lora.alpha=8"), "config.unused", "lora.alpha"),
     _config("A2 targets", _set("lora.targets=q_proj"), "config.unused",
             "lora.targets"),

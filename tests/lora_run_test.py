@@ -21,7 +21,8 @@ def trained(tmp_path_factory):
       "--config.stages=sft,preference,export", "--config.lora.rank=3",
       "--config.lora.alpha=4.5", "--config.lora.targets=q_proj,down_proj",
       "--config.reference.source=lora_base",
-      "--config.optimizer.learning_rate=5e-2")
+      "--config.optimizer.learning_rate=5e-2", "--config.data.eval_fraction=0",
+      "--config.num_steps=4")
   assert done.returncode == 0, done.stderr[-3000:]
   return folder, data, done.stderr
 

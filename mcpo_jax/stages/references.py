@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from mcpo_jax import objective_names, registry, sharding
 from mcpo_jax.data import store as store_lib
-from mcpo_jax.models import hf
+from mcpo_jax.models import hf, lora
 from mcpo_jax.training import reference, setup
 from mcpo_jax.training import stage as stage_lib
 
@@ -32,7 +32,7 @@ def reference_params(run: setup.Run, model: stage_lib.Model, start):
   beside the adapters, or the start."""
   path = run.config["reference"]["path"]
   if run.config["reference"]["source"] == "lora_base":
-    return model.frozen, model
+    return lora.merge(model.frozen), model
   if path is None:
     return start(), model
   other, load = setup.open_model(

@@ -486,7 +486,6 @@ def open_trained(
     return model, start, start
   policy = start()
   trained, frozen = lora.split(policy)
-  size = sum(x.size for x in jax.tree.leaves(policy))
   if not trained:
     init = lambda key: lora.init_adapters(
         key, model.param_shapes, rank=options["rank"],
@@ -496,8 +495,9 @@ def open_trained(
         jax.eval_shape(init, key), decoder.PARAM_RULES, run.mesh))(key)
     frozen = lora.join(frozen, lora.scales(
         trained, options["alpha"] / options["rank"]))
-  logging.info("LoRA: %d weights are trained, the policy starts from %d",
-               sum(x.size for x in jax.tree.leaves(trained)), size)
+  logging.info("LoRA: %d weights are trained beside %d of the base", *(
+      sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+      for tree in (trained, model.param_shapes)))
   shapes = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       trained)
