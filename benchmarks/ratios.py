@@ -212,15 +212,14 @@ def table(rows: list[list], found: dict, args: argparse.Namespace) -> str:
       versions(args.tunix, ["google-tunix", "jax"])]))
   return f"""# Ratios of CPU time
 
-Command: `python benchmarks/ratios.py --presets={args.presets} \
---rounds={args.rounds}`, at commit {commit}.
+Command: `python benchmarks/ratios.py --presets={args.presets}`, at commit \
+{commit}.
 
 Pairs (DPO), prompts with 1 + 8 candidates (scoring, MC-PO) or new tokens \
 (sampling, 8 prompts x 8 samples x 128) per second of the process's own CPU \
 time; one core of a {platform.machine()} machine with {os.cpu_count()} cores \
 that others used too, one thread, float32, batch 4 (tiny) or 2 (small). \
-Medians of rounds in which the sides took turns, at least so many: {rounds}. \
-{sides}.
+Medians of at least so many runs a side: {rounds}. {sides}.
 
 | goal | what | ours | theirs | ratio | at least | met |
 |---|---|---|---|---|---|---|
