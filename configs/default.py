@@ -35,7 +35,8 @@ def _optimizer() -> ml_collections.ConfigDict:
   # are float32: they move by too little at a time for bfloat16.
   optimizer.moment_dtype = "float32"
   # Keep the optimizer's state in the host's memory; it comes to the devices
-  # for the update alone. Needs devices that reach that memory.
+  # for the update alone, so it pays where activations need more room than it.
+  # Needs devices that reach that memory.
   optimizer.offload = False
   return optimizer
 

@@ -50,7 +50,7 @@ def parts(remat="none"):
   total = functions.zeros(state.params, values, inputs)
   chunk = model.put(model.pack_all(batch)[0])
   return (functions,
-          (state.params, (), total, chunk, inputs, values),
+          (state.params, (), (), total, chunk, inputs, values),
           (state, total, inputs, memory))
 
 
@@ -80,7 +80,8 @@ def test_each_remat_policy_keeps_less_than_the_one_before():
 
 def test_more_chunks_need_no_more_memory():
   """One program serves every chunk, and nothing is left of those before."""
-  model, stage = cases.make_model(num_streams=1), cases.stage()
+  model = cases.make_model(num_streams=1)
+  stage = cases.stage()._replace(scoring="separate")
   functions = stage_lib.make_functions(stage, model)
   seen, peaks = [], []
 
