@@ -59,8 +59,18 @@ HLO = """HloModule jit_f
   ROOT %t = (s32[], f32[8,4]) tuple(%i, %z)
 }
 
+%to_five (carry: (s32[], f32[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}
+
+%permuting (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %q = f32[2] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+}
+
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %w = s32[] while(%i), body=%body, b={"known_trip_count":{"n":"7"}}
+  %v = s32[] while(%i), condition=%to_five, body=%permuting
   %ags = (f32[2,4], f32[8,4]) all-gather-start(%p), replica_groups=[1,4]<=[4]
   %agd = f32[8,4]{1,0} all-gather-done(%ags)
   %r = (f32[8,4], f32[3]) all-reduce(%v), replica_groups=m['a'=2,'b'=2] {'b'}
@@ -72,7 +82,8 @@ def test_collectives_of_a_program_are_counted_by_hand():
   found = {one.kind + str(one.times): one
            for one in collectives.count(HLO, 4)}
   assert set(found) == {
-      "all-gather7", "reduce-scatter7", "all-gather1", "all-reduce1"}
+      "all-gather7", "reduce-scatter7", "all-gather1", "all-reduce1",
+      "collective-permute5"}
   gathered = found["all-gather7"]
   assert (gathered.payload, gathered.members) == (128, (0, 1))
   assert gathered.crosses(1) and not gathered.crosses(2)
@@ -86,7 +97,7 @@ def test_collectives_of_a_program_are_counted_by_hand():
   assert reduced.traffic == 140  # twice around half of the ring
   assert collectives.payloads(list(found.values())) == {
       "all-gather": 7 * 128 + 128, "reduce-scatter": 7 * 128,
-      "all-reduce": 140}
+      "all-reduce": 140, "collective-permute": 5 * 8}
 
 
 @pytest.mark.parametrize("name, chip, slices, devices", [
@@ -148,6 +159,19 @@ def test_what_cannot_be_is_said_before_compiling(
     plan(tmp_path, name, *overrides)
   assert caught.value.slug == slug
   assert all(number in str(caught.value) for number in numbers)
+
+
+def test_the_8b_step_fits_sixteen_chips_of_v5e(tmp_path, capsys):
+  plan(tmp_path, "v5e:4x4", "data.num_streams=16", "data.stream_length=2048",
+       "data.max_prompt_length=512")
+  told = capsys.readouterr().out
+  peaks = {name: float(peak) for name, peak in re.findall(
+      r"(\w+) .*, peak ([\d.]+) GiB of 15.75 GiB", told)}
+  assert set(peaks) == {"score", "train", "update"}
+  # Weights, AdamW and gradients in float32 are 16 bytes of each parameter.
+  assert 16 * 8.03e9 / 16 / 2**30 < min(peaks.values())
+  assert peaks["train"] == max(peaks.values()) < 15.75
+  assert "at 1.2 a chip-hour" in told
 
 
 def test_without_a_compiler_the_extra_is_named(monkeypatch):

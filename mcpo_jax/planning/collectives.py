@@ -70,8 +70,7 @@ def count(text: str, num_devices: int) -> list[Collective]:
     for line in computations.get(name, ()):
       operation = _OPERATION.search(_INSTRUCTION.match(line)[2])
       operation = operation[1] if operation else ""
-      trips = _TRIPS.search(line)
-      inner = times * (int(trips[1]) if trips else 1)
+      inner = times * _trips(line, computations)
       kind = operation.removesuffix("-start")
       if kind in _KINDS:
         found.append(_collective(kind, line, num_devices, times))
@@ -109,6 +108,17 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
     elif _INSTRUCTION.match(line):
       lines.append(line)
   return computations, entry
+
+
+def _trips(line: str, computations: dict[str, list[str]]) -> int:
+  """How often what an instruction calls is run: of a loop as often as it says,
+  or as its condition counts up to a constant."""
+  if found := _TRIPS.search(line):
+    return int(found[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", line)
+  lines = "\n".join(computations.get(condition[1], ())) if condition else ""
+  limits = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines)
+  return int(limits[0]) if len(limits) == 1 and "direction=LT" in lines else 1
 
 
 def _collective(
