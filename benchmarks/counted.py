@@ -201,8 +201,9 @@ def count_all(presets: list[str], *, batches: int, packed: int) -> list[Row]:
         dpo_ratio(preset, batches=batches), train)
     spent, ideal = score_flops(preset, batches=batches, candidates=16)
     add(f"A2 scoring 1 + 16, {preset}: FLOPs over ideal", spent / ideal, score)
-    add(f"A3 MC-PO step of 16, {preset}: share of the naive step's FLOPs",
-        mcpo_share(preset, batches=batches), 1 / 4.5)
+    if preset == "1b":
+      add(f"A3 MC-PO step of 16, {preset}: share of the naive step's FLOPs",
+          mcpo_share(preset, batches=batches), 1 / 4.5)
     add(f"A4 a further candidate, {preset}: FLOPs over its own",
         candidate_cost(preset, batches=batches), 1.08)
     step = open_step("dpo", preset, candidates=1)
