@@ -184,14 +184,13 @@ def _chunks_for(
     tokens: int, num_streams: int, lengths: tuple[int, ...]
 ) -> Iterator[list[int]]:
   """Stream lengths of chunks that have room for `tokens`, in rising size: any
-  number of the longest, and up to two shorter ones."""
+  number of the longest, and each shorter one at most once."""
   most = lengths[0] // lengths[-1]  # units of the shortest
   units = -(-tokens // (num_streams * lengths[-1]))
   while True:
     full, rest = divmod(units, most)
-    shorter = [x for x in lengths[1:] if rest & x // lengths[-1]]
-    if len(shorter) <= 2:
-      yield [lengths[0]] * full + shorter
+    yield [lengths[0]] * full + [
+        x for x in lengths[1:] if rest & x // lengths[-1]]
     units += 1 + units // 64
 
 
