@@ -57,7 +57,7 @@ def said(workdir, index, kind="err"):
 def finish(workdir, started):
   """Waits for all; each must have gone well."""
   for i, process in enumerate(started):
-    assert process.wait(timeout=600) == 0, said(workdir, i)[-3000:]
+    assert process.wait(timeout=1800) == 0, said(workdir, i)[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +69,10 @@ def runs(tmp_path_factory):
   flags = run_cases.write_data(folder / "data") + FLAGS
   one = start(folder / "one", flags, processes=1, devices=1)
   four = start(folder / "four", flags, processes=4, devices=1,
-               fault="step.after@5")
+               fault="step.after@6")
   two = start(folder / "two", [*flags, "--config.mesh.fsdp=2"], processes=2,
               devices=2)
-  four[3].wait(timeout=600)
+  four[3].wait(timeout=1800)
   began = time.monotonic()
   codes = [process.wait(timeout=100) for process in four]
   lived = time.monotonic() - began
@@ -116,7 +116,7 @@ def test_processes_train_as_one_does(runs, name):
 def test_the_first_process_alone_speaks_and_writes(runs):
   folder, _, _ = runs
   assert '"score/aligned"' in said(folder / "two", 0, "out")
-  assert said(folder / "two", 1, "out") == ""
+  assert "score" not in said(folder / "two", 1, "out")  # but gloo speaks
   assert "sft 1/3" not in said(folder / "two", 1)
   assert "4 cpu device(s) of 2 process(es)" in said(folder / "two", 0)
 
