@@ -182,11 +182,12 @@ def get_config() -> ml_collections.ConfigDict:
   # Share of quarantined rows above which the run stops all the same.
   data.max_quarantined_share = 0.001
   # Token slots of one packed stream; holds a longest prompt and completion.
-  data.stream_length = 512
+  data.stream_length = 2048
   # Streams of one chunk, over all devices. A batch is cut into as many chunks
   # of num_streams x stream_length as it needs, and what is left into chunks of
   # a half, a fourth or an eighth of that length (while multiples of 128).
-  data.num_streams = 8
+  # None: one for each of the mesh's data x fsdp parts.
+  data.num_streams = config_dict.placeholder(int)
 
   # --- Objective --------------------------------------------------------------
   objective = config.objective = ml_collections.ConfigDict()

@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.max_prompt_length = 64
   config.data.max_completion_length = 96
   config.data.stream_length = 320
+  config.data.num_streams = 8
   config.sft.data_path = f"{_DATA}/sft/e2e_references.train.jsonl.gz"
   config.sft.num_steps = 1800
   config.sft.optimizer.learning_rate = 3e-3

@@ -24,7 +24,6 @@ def get_config() -> ml_collections.ConfigDict:
   config = llama3_8b_nectar_mcpo.get_config()
   config.model.param_dtype = "bfloat16"
   config.lora.rank = 16
-  config.data.num_streams = 1
   # Ten times what all weights take.
   config.optimizer.learning_rate = 6e-6
   return config

@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.max_prompt_length = 48
   config.data.max_completion_length = 48
   config.data.stream_length = 256
+  config.data.num_streams = 8
   config.sft.data_path = "embedded:quickstart/sft"
   config.sft.num_steps = 1800
   config.sft.optimizer.learning_rate = 3e-3

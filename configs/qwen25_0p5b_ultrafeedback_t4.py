@@ -56,8 +56,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.max_prompt_length = 512
   config.data.max_completion_length = 512
   config.data.prompt_overlength = "skip"
-  config.data.stream_length = 2048
-  config.data.num_streams = 1
 
   config.objective.beta = 0.05
   # Ten times what all weights would take.

@@ -22,6 +22,5 @@ def get_config() -> ml_collections.ConfigDict:
   # Longest prompt and completion of a request.
   config.data.max_prompt_length = 1024
   config.data.max_completion_length = 1024
-  config.data.stream_length = 2048
   config.model.max_position_embeddings = 2048
   return config

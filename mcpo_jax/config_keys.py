@@ -116,7 +116,7 @@ KEYS: dict[str, Setting] = {
     "data.quarantine": _FLAG,
     "data.max_quarantined_share": Setting(low=0.0, high=1.0),
     "data.stream_length": Setting(low=8),
-    "data.num_streams": _COUNT,
+    "data.num_streams": or_none(_COUNT),
     "objective.name": _ANY,
     "kernel.strategy": or_none(),
     "kernel.num_negatives": _COUNT,

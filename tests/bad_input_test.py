@@ -371,7 +371,7 @@ CONFIGS = [
             "tokenizer.date"),
     *(_out_of_range(f"C3 {o}", o) for o in (
         "objective.beta=nan", "optimizer.learning_rate=inf",
-        "sft.num_steps=-5", "batch_size=None", "data.num_streams=None")),
+        "sft.num_steps=-5", "batch_size=None", "data.stream_length=None")),
     *(_out_of_range(f"C4 {o}", o) for o in (
         "objective.beta=0", "optimizer.learning_rate=-1",
         "optimizer.warmup_ratio=1.5", "kernel.temperature=0",

@@ -543,7 +543,7 @@ def lay_out(
         "config.length", "max_prompt_length + max_completion_length exceeds "
         "the model's context", where="data.max_completion_length", got=needed,
         want=f"<= {model.max_positions}")
-  check_streams(config, mesh)
+  num_streams = check_streams(config, mesh)
   tensor = mesh.shape["tensor"]
   if model.num_heads % tensor or model.num_kv_heads % tensor:
     raise errors.ConfigError(
@@ -556,21 +556,21 @@ def lay_out(
       shapes, sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh))
   return stage_lib.Model(
       model, mesh, shapes, jnp.dtype(options["compute_dtype"]),
-      options["remat"], data["num_streams"], data["stream_length"], pad_id)
+      options["remat"], num_streams, data["stream_length"], pad_id)
 
 
-def check_streams(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
-  """Refuses a chunk that the mesh cannot split.
+def check_streams(config: dict[str, Any], mesh: jax.sharding.Mesh) -> int:
+  """Streams of a chunk. Refuses one that the mesh cannot split.
 
   Raises:
     ConfigError: config.divisible.
   """
   parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  if config["data"]["num_streams"] % parts:
+  num_streams = config["data"]["num_streams"] or parts
+  if num_streams % parts:
     raise errors.ConfigError(
         "config.divisible", "the streams of a chunk are split over the data "
-        "and fsdp axes", where="data.num_streams",
-        got=config["data"]["num_streams"],
+        "and fsdp axes", where="data.num_streams", got=num_streams,
         want=f"a multiple of data x fsdp = {parts}")
   block, length = 128 * mesh.shape["context"], config["data"]["stream_length"]
   if mesh.shape["context"] > 1 and length % block:
@@ -578,6 +578,7 @@ def check_streams(config: dict[str, Any], mesh: jax.sharding.Mesh) -> None:
         "config.divisible", "the tokens of a stream are split over the context "
         "axis, 128 side by side at least", where="data.stream_length",
         got=length, want=f"a multiple of 128 x context = {block}")
+  return num_streams
 
 
 def schedule_of(run: Run) -> loop.Schedule:
