@@ -84,8 +84,8 @@ MUTANTS = (
     ),
     Mutant(
         "position_in_stream", "data/packing.py",
-        "flat[1][where] = np.repeat(position, length) + within",
-        "flat[1][where] = where % stream_length",
+        "out.positions[where] = np.repeat(position, length) + within",
+        "out.positions[where] = where",
         "data_packing_test.py", "test_a_small_chunk_by_hand",
     ),
     Mutant(
