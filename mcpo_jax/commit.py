@@ -102,10 +102,13 @@ def write_folder(
     folder: pathlib.Path,
     write: Callable[[pathlib.Path], None],
     meta: dict[str, Any],
+    *,
+    replace: bool = False,
 ) -> None:
   """Fills a temporary sibling by `write`, commits it, renames it to `folder`.
 
-  If another process has made `folder` meanwhile, that one stays.
+  A folder that is there already stays, as one of the same content that another
+  process has made meanwhile; with `replace` it goes when the new one is whole.
   """
   if not hosts.is_first():
     return
@@ -116,11 +119,18 @@ def write_folder(
   try:
     write(temporary)
     write_manifest(temporary, meta)
+    old = temporary.with_suffix(".old.tmp")
+    if replace and folder.exists():
+      os.rename(folder, old)
     try:
       os.rename(temporary, folder)
     except OSError:
+      if old.exists():
+        os.rename(old, folder)
+        raise
       if not (folder / MANIFEST).exists():
         raise
     _fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
   finally:
     shutil.rmtree(temporary, ignore_errors=True)

@@ -30,6 +30,13 @@ def test_a_failed_write_leaves_the_old_folder_and_nothing_else(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def test_an_old_folder_goes_only_where_it_is_to_be_replaced(tmp_path):
+  for replace, step, want in ((False, 1, 1), (False, 2, 1), (True, 3, 3)):
+    commit.write_folder(tmp_path / "x", fill, {"step": step}, replace=replace)
+    assert commit.verify(tmp_path / "x") == {"step": want}
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
 @pytest.mark.parametrize("damage,slug", [
     (lambda f: (f / "inner" / "a.bin").write_bytes(
         bytes([1]) + bytes(range(1, 200))), "ckpt.hash"),

@@ -365,7 +365,8 @@ def save_params(
         if source.exists():
           shutil.copyfile(source, folder / name)
 
-  commit.write_folder(pathlib.Path(path), write, {"kind": "hf"})
+  commit.write_folder(
+      pathlib.Path(path), write, {"kind": "hf"}, replace=True)
 
 
 def _plan(config, shapes, max_bytes) -> list[list[tuple]]:

@@ -167,7 +167,7 @@ def save_adapters(
     }, indent=2) + "\n")
     (folder / "README.md").write_text(_CARD.format(base=base, rank=rank))
 
-  commit.write_folder(pathlib.Path(path), write, {"kind": "peft"})
+  commit.write_folder(pathlib.Path(path), write, {"kind": "peft"}, replace=True)
 
 
 _CARD = """---
