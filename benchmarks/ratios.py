@@ -32,15 +32,17 @@ PERF = pathlib.Path(
     os.environ.get("MCPO_SHARED", ROOT.parent / "shared")) / "perf"
 BATCH = {"tiny": 4, "small": 2}
 LENGTHS = "--steps=6 --warmup=2"
+# Shorter streams for smaller batches.
+PAIRS = f"{LENGTHS} --config=data.stream_length=2048"
 POOLS = "--steps=4 --warmup=1"
 TORCH = "bench_torch_mc.py --threads=1 " + POOLS
 TRL = "bench_trl_dpo.py --threads=1 " + LENGTHS
 
 # Side -> whose environment, and its command line.
 SIDES = {
-    "DPO": ("ours", f"dpo {LENGTHS}"),
+    "DPO": ("ours", f"dpo {PAIRS}"),
     "DPO, reference in the step": (
-        "ours", f"dpo --reference=resident {LENGTHS}"),
+        "ours", f"dpo --reference=resident {PAIRS}"),
     "scoring": ("ours", f"score {POOLS}"),
     "MC-PO step": ("ours", f"mcpo {POOLS}"),
     "sampling": ("ours", "generate"),
@@ -103,7 +105,9 @@ def run_side(
   owner, line = SIDES[side]
   fixture = (args.fixtures / preset).resolve()
   env = os.environ | {
-      "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
+      "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
+      # Large pages for large arrays, as launch/*.sh ask for; of all sides.
+      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
   batch = [] if "generat" in line else [f"--batch={BATCH[preset]}"]
   if owner == "ours":
     command = [sys.executable, ROOT / "benchmarks" / "bench.py", *line.split(),
