@@ -7,9 +7,11 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Programs here run for milliseconds: compile fast, and each of them once.
+# Programs here run for milliseconds: compile fast, and each of them once. On a
+# loaded machine a simulated device may be late for the others, which abort.
 for flag in ("--xla_force_host_platform_device_count=8",
-             "--xla_backend_optimization_level=0"):
+             "--xla_backend_optimization_level=0",
+             "--xla_cpu_collective_call_terminate_timeout_seconds=600"):
   if flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
 os.environ.setdefault(
