@@ -32,6 +32,9 @@ COUNTED = ("score", "features", "from_loss", "from_cotangents")
 # Sets of an update: of 1b such that a batch has 32k tokens or more.
 PAIRS = {"tiny": 4, "1b": 52}
 POOLS = {"tiny": 4, "1b": 16}
+# Tokens of a stream: short ones for few pairs, and long enough for whole pools.
+STREAMS = {("dpo", "tiny"): 2048, ("dpo", "1b"): 4096,
+           ("mcpo", "tiny"): 8192, ("mcpo", "1b"): 8192}
 # Of batches of 4 pairs padded to their longest, as TRL has them.
 NAIVE_PADDING = 0.45
 
@@ -110,7 +113,8 @@ def open_step(objective: str, preset: str, *, candidates: int) -> CountedStep:
   size = (PAIRS if objective == "dpo" else POOLS)[preset]
   return CountedStep(workload.open_job(
       objective, batch_size=size, num_examples=size, num_slots=1 + candidates,
-      preset=preset, devices=jax.devices()[:1]))
+      preset=preset, devices=jax.devices()[:1],
+      overrides=[("data.stream_length", str(STREAMS[objective, preset]))]))
 
 
 def dpo_ratio(preset: str, *, batches: int) -> float:
@@ -232,7 +236,8 @@ Command: `python benchmarks/counted.py --presets={args.presets} \
 FLOPs of the matrix products that the step's own functions ask for, on CPU's \
 path of attention, over those that the mathematics needs; lognormal lengths, \
 {args.batches} batches, of {PAIRS['tiny']} (tiny) and {PAIRS['1b']} (1b) pairs \
-or {POOLS['tiny']} and {POOLS['1b']} pools. The naive step repeats prompts, \
+or {POOLS['tiny']} and {POOLS['1b']} pools, in streams of \
+{sorted(set(STREAMS.values()))} tokens at most. The naive step repeats prompts, \
 has {NAIVE_PADDING:.0%} of padding, scores policy and reference and trains \
 with full remat. jax {jax.__version__}; {seconds:.0f} s.
 
