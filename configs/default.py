@@ -56,7 +56,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Prompts per update, over all devices and hosts.
   config.batch_size = 16
   # Folder of the tokenised data and the reference log-probs, which runs share.
-  # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax.
+  # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax, and where
+  # several processes share the workdir its own .cache/mcpo_jax.
   config.cache_dir = config_dict.placeholder(str)
 
   # --- Tokenizer --------------------------------------------------------------

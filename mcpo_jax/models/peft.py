@@ -115,7 +115,9 @@ class Adapters:
     adapters = jax.tree_util.tree_map_with_path(
         load, shapes,
         sharding.infer_shardings(shapes, parameters.PARAM_RULES, mesh))
-    return lora.join(adapters, lora.scales(adapters, self.alpha / self.rank))
+    scales = lora.scales(adapters, self.alpha / self.rank)
+    return lora.join(adapters, sharding.put_global(
+        scales, sharding.replicated(mesh)))
 
 
 def _tensors_of(path: tuple, config: ModelConfig) -> list[str]:

@@ -493,8 +493,9 @@ def open_trained(
     key = jax.random.key(run.config["seed"])
     trained = jax.jit(init, out_shardings=sharding.infer_shardings(
         jax.eval_shape(init, key), decoder.PARAM_RULES, run.mesh))(key)
-    frozen = lora.join(frozen, lora.scales(
-        trained, options["alpha"] / options["rank"]))
+    scales = lora.scales(trained, options["alpha"] / options["rank"])
+    frozen = lora.join(frozen, sharding.put_global(
+        scales, sharding.replicated(run.mesh)))
   logging.info("LoRA: %d weights are trained beside %d of the base", *(
       sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
       for tree in (trained, model.param_shapes)))
