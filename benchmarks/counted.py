@@ -238,8 +238,8 @@ path of attention, over those that the mathematics needs; lognormal lengths, \
 {args.batches} batches, of {PAIRS['tiny']} (tiny) and {PAIRS['1b']} (1b) pairs \
 or {POOLS['tiny']} and {POOLS['1b']} pools, in streams of \
 {sorted(set(STREAMS.values()))} tokens at most. The naive step repeats \
-prompts, has {NAIVE_PADDING:.0%} of padding, scores policy and reference and trains \
-with full remat. jax {jax.__version__}; {seconds:.0f} s.
+prompts, has {NAIVE_PADDING:.0%} of padding, scores policy and reference and \
+trains with full remat. jax {jax.__version__}; {seconds:.0f} s.
 
 | what | counted | at most | met |
 |---|---|---|---|

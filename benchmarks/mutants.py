@@ -51,8 +51,8 @@ MUTANTS = (
     ),
     Mutant(
         "label_shift_earlier", "models/scoring.py",
-        "source = take(streams.source)[..., None]",
-        "source = jnp.maximum(take(streams.source) - 1, 0)[..., None]",
+        "index = reorder(source)[..., None]",
+        "index = jnp.maximum(reorder(source) - 1, 0)[..., None]",
         "models_scoring_test.py",
         "test_every_term_equals_that_of_full_logits",
     ),
@@ -64,8 +64,8 @@ MUTANTS = (
     ),
     Mutant(
         "pad_in_mask", "data/packing.py",
-        "completion_mask=np.zeros(shape, bool)",
-        "completion_mask=np.ones(shape, bool)",
+        "completion_mask=np.zeros(size, bool)",
+        "completion_mask=np.ones(size, bool)",
         "data_packing_test.py", "test_a_small_chunk_by_hand",
     ),
     Mutant(

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import counted
 
 
-@pytest.mark.parametrize("preset,bar", [("tiny", 1.4), ("1b", 1.12)])
+@pytest.mark.parametrize("preset,bar", [("tiny", 1.35), ("1b", 1.12)])
 def test_a_dpo_step_wastes_few_flops(preset, bar):
   assert 1.0 <= counted.dpo_ratio(preset, batches=1) <= bar
 

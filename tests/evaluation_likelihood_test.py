@@ -201,6 +201,7 @@ def make_run(folder, *, source):
       workdir=folder, tokenizer=tokenizer, mesh=None, config={
           "evaluation": {"num_prompts": None, "num_display": 1},
           "generation": {"max_new_tokens": 4},
+          "model": {"adapter_path": None},
           "reference": {"source": source, "path": None}})
 
 

@@ -197,7 +197,8 @@ def test_whole_sequences_come_with_the_probabilities_of_the_full_forward():
   counts = np.array([got[ids] for ids in sequences])
   often = probs * count > 5
   pool = lambda x: np.append(x[often], x[~often].sum())
-  expected = pool(probs) / probs.sum() * count
+  expected = pool(probs.astype(np.float64))
+  expected *= count / expected.sum()
   assert often.sum() > 30
   assert stats.chisquare(pool(counts), expected).pvalue > 1e-3
 

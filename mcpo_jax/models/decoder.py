@@ -295,12 +295,7 @@ def _mlp(h, weights, config):
 
 
 def _linear(x, weights):
-  # Two axes: XLA:CPU is slow at a product that sums over two axes at once,
-  # which the gradient of the weights would be. But where both axes of streams
-  # are split over devices one axis of them could not be.
-  flat = x
-  if sharding.axis_size("context") == 1:
-    flat = x.reshape(-1, x.shape[-1])
+  flat = _rows(x)
   y = flat @ weights["kernel"].astype(x.dtype)
   if "lora_a" in weights:
     a, b, scale = (
@@ -311,6 +306,18 @@ def _linear(x, weights):
   if "bias" in weights:
     y = y + _spread(weights["bias"].astype(x.dtype), y.shape)
   return y
+
+
+def _rows(x):
+  """x [..., D] as [rows, D], for products.
+
+  XLA:CPU is slow at a product that sums over two axes at once, which the
+  gradient of the weights would be. But where both axes of streams are split
+  over devices one axis of them could not be: then x as it is.
+  """
+  if sharding.axis_size("context") > 1:
+    return x
+  return x.reshape(-1, x.shape[-1])
 
 
 def _matmul(x, kernel, dtype):
@@ -353,9 +360,9 @@ def _spread_forward(vector, shape):
 
 
 def _spread_backward(shape, _, gradient):
-  gradient = gradient.reshape(-1, shape[-1])
-  ones = jnp.ones((1, len(gradient)), gradient.dtype)
-  return ((ones @ gradient)[0],)
+  gradient = _rows(gradient)
+  ones = jnp.ones((1, gradient.shape[-2]), gradient.dtype)
+  return ((ones @ gradient).reshape(-1, shape[-1]).sum(0),)
 
 
 _spread.defvjp(_spread_forward, _spread_backward)
