@@ -408,10 +408,10 @@ class Engine:
   def _copy(self, params: Params) -> Params:
     """The weights as the kernels read them, on this engine's devices."""
     if self._mesh is None:
-      return unstack(params, self._dtype)
+      return _unstack(params, self._dtype)
     placed = sharding.infer_shardings(params, decoder.PARAM_RULES, self._mesh)
     params = jax.device_put(params, placed)
-    return unstack(params, self._dtype)
+    return _unstack(params, self._dtype)
 
   # --- what can be served -----------------------------------------------------
 
@@ -477,41 +477,8 @@ class Engine:
         raise refuse(field, f"{field} is out of range", got=value, want=want)
 
 
-class Layout(NamedTuple):
-  """Arguments of the sampler's functions, as numpy arrays."""
-
-  init: tuple[int, ...]
-  prompts: tuple[np.ndarray, ...]  # of prefill
-  slots: sampler.Slots  # of decode
-
-
-def full_layout(
-    mesh: Mesh, *, prompt_length: int, new_tokens: int, num_samples: int,
-    num_slots: int = 64,
-) -> Layout:
-  """How an engine lays out full slots, all with the longest prompt and sample.
-
-  Args:
-    mesh: of the engine.
-    prompt_length, new_tokens: the most there are.
-    num_samples: of a prompt.
-    num_slots: of the engine.
-  """
-  parts = mesh.shape["data"] * mesh.shape["fsdp"]
-  width = _width(num_samples, num_slots, parts)
-  size = max(1, num_slots // (width * parts))
-  needed = _num_pages(np.zeros(prompt_length))
-  pages = max(_FEWEST, _rung(size * needed, 4))
-  span = _rung(needed, 2)
-  return Layout(
-      (size * parts, width, _ring(new_tokens), parts, pages, 1),
-      (np.zeros((parts, span * decoder.PAGE), np.int32),
-       np.zeros(parts, np.int32), np.zeros((parts, span), np.int32)),
-      _empty_slots(size * parts, width, MAX_STOP_IDS + 1, parts, pages))
-
-
 @functools.partial(jax.jit, static_argnums=1)
-def unstack(params, dtype):
+def _unstack(params, dtype):
   """Adapters are merged, once for the thousands of tokens to come."""
   return decoder.unstack_layers(lora.merge(params, dtype), dtype)
 

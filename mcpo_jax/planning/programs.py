@@ -1,7 +1,7 @@
 """The compiled functions of a run, on devices that are not here.
 
-The functions are those that training, the reference pass and the sampler call;
-their arguments are shapes with shardings, so nothing is allocated.
+The functions are those that training calls; their arguments are shapes with
+shardings, so nothing is allocated.
 """
 
 import re
@@ -15,7 +15,6 @@ import numpy as np
 
 from mcpo_jax import sharding, types
 from mcpo_jax.data import packing
-from mcpo_jax.generation import engine, sampler
 from mcpo_jax.planning import collectives
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
@@ -131,45 +130,6 @@ def training_programs(
   return out
 
 
-def reference_program(
-    model: stage_lib.Model,
-) -> tuple[Callable[..., Any], tuple]:
-  """The function that fills the reference cache."""
-  return jax.jit(model.token_logps), (
-      model.param_shapes, training_streams(model))
-
-
-def sampler_programs(
-    model: stage_lib.Model, *, prompt_length: int, new_tokens: int,
-    num_samples: int,
-) -> tuple[dict[str, tuple[Callable[..., Any], tuple]], Any, Any]:
-  """Prefill and decoding, all slots with the longest prompts and samples.
-
-  Returns:
-    name -> (function, arguments); the shapes of the sampler's own copy of the
-    weights; and those of its memory.
-  """
-  mesh, dtype = model.mesh, model.compute_dtype
-  layout = engine.full_layout(
-      mesh, prompt_length=prompt_length, new_tokens=new_tokens,
-      num_samples=num_samples)
-  kernels = sampler.make_kernels(model.config, compute_dtype=dtype, mesh=mesh)
-  with jax.set_mesh(mesh):
-    policy = model.policy(model.param_shapes)
-    weights = _shapes_of(engine.unstack, policy, dtype)
-    memory = _shapes_of(kernels.init, *layout.init)
-  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  put = lambda tree: jax.tree.map(
-      lambda x: place(x, split if x.ndim else whole), tree)
-  number, clock = np.ones(1, np.float32), np.zeros((), np.int32)
-  return {
-      "prefill": (kernels.prefill, (
-          (weights,), memory, *put(layout.prompts))),
-      "decode": (kernels.decode, (
-          (weights,), number, memory, put(layout.slots), clock, clock)),
-  }, weights, memory
-
-
 def compile_program(
     name: str, function: Callable[..., Any], arguments: tuple,
     mesh: jax.sharding.Mesh,
@@ -192,15 +152,6 @@ def compile_program(
   return Program(
       name, compiled.memory_analysis().peak_memory_in_bytes, True,
       collectives.count(text, mesh.size), time.perf_counter() - begin, text)
-
-
-def _shapes_of(function, *arguments):
-  """What a function returns, with the shardings that its compiler chose."""
-  placed = function.lower(*arguments).compile().output_shardings
-  shapes = function.eval_shape(*arguments)
-  return jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-      shapes, placed)
 
 
 def _needed(message: str) -> int:
