@@ -43,7 +43,7 @@ _FREE = re.compile(
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
 # Of adapters, which are small and take small updates.
