@@ -276,7 +276,9 @@ def _run_file(path, text):
   spec = importlib.util.spec_from_file_location(name, path)
   module = importlib.util.module_from_spec(spec)
   sys.modules[name] = module  # dataclasses look themselves up
-  spec.loader.exec_module(module)
+  # Not by the loader: after two changes within a second it would run what it
+  # has compiled of the text before.
+  exec(compile(text, str(path), "exec"), module.__dict__)
   return module
 
 

@@ -145,7 +145,7 @@ def plan(folder, name, *overrides):
 @pytest.mark.parametrize("name, overrides, slug, numbers", [
     # 8 B parameters with AdamW and gradients in float32 are 128 GB.
     ("v5e:2x2", ["data.num_streams=4"], "plan.memory", ["15.75", "devices"]),
-    ("v5e:4x4", [], "config.divisible", ["got 8", "= 16"]),
+    ("v5e:4x4", ["data.num_streams=8"], "config.divisible", ["got 8", "= 16"]),
     ("v5e:4x4", ["mesh.fsdp=3"], "config.mesh", ["fsdp=3", "16 devices"]),
     ("v5e:4x4", ["mesh.fsdp=1", "mesh.tensor=16", "mesh.data=1"],
      "config.divisible", ["got 16", "8 key-value heads"]),
