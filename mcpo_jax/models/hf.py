@@ -103,11 +103,12 @@ def load_config(path: str | pathlib.Path) -> ModelConfig:
     )
   if (folder / "generation_config.json").exists():
     extra = read_json(folder, "generation_config.json", "hf.config")
+    as_list = lambda ids: ids if isinstance(ids, list) else [ids]
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
       ours, theirs = raw.get(key), extra.get(key)
       if ours is None:
         raw[key] = theirs
-      elif theirs is not None and ours != theirs:
+      elif theirs is not None and as_list(ours) != as_list(theirs):
         logger.warning(
             "%s: %s is %s there and %s in generation_config.json; the former"
             " holds", where, key, ours, theirs,
