@@ -93,6 +93,8 @@ def draw(figures: dict[str, dict[str, float]], path: pathlib.Path) -> list[str]:
     panel.loglog(values, seconds, "o", label="measured")
     panel.loglog(values, line, "-", label="by FLOPs")
     panel.set_xlabel(what)
+    panel.minorticks_off()
+    panel.set_xticks(values, [str(x) for x in values])
     lines += [f"| {what} {x} | {s:.2f} | {l:.2f} | {s / l:.2f} |"
               for x, s, l in zip(values, seconds, line)]
   panels[0].set_ylabel("CPU seconds of an update")
