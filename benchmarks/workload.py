@@ -20,8 +20,8 @@ import numpy as np
 from configs import default
 from mcpo_jax import main, settings, sharding, types
 from mcpo_jax.models import flops
+from mcpo_jax.training import architecture, setup, step
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import setup, step
 from mcpo_jax.training import stage as stage_lib
 
 LONGEST = 512  # prompt tokens, and completion tokens
@@ -153,8 +153,8 @@ def open_job(
   mesh = sharding.make_mesh(**config["mesh"], devices=devices)
   here = pathlib.Path()
   run = setup.Run(config, here, here, mesh, folder, tokenizer)
-  model, start, start_policy = setup.open_trained(
-      run, *setup.open_model(run, folder))
+  model, start, start_policy = architecture.open_trained(
+      run, *architecture.open_model(run, folder))
   stage = setup.stage_of(
       config, num_examples, supervised=False, num_slots=num_slots)
   functions = stage_lib.make_functions(stage, model)

@@ -17,7 +17,7 @@ from mcpo_jax.stages import preference as preference_stage
 from mcpo_jax.stages import reward_model as reward_model_stage
 from mcpo_jax.stages import serve as serve_stage
 from mcpo_jax.stages import sft as sft_stage
-from mcpo_jax.training import metrics, setup
+from mcpo_jax.training import architecture, metrics, setup
 
 
 def train(
@@ -83,7 +83,7 @@ def score(config: dict[str, Any], workdir: pathlib.Path) -> None:
         where="reference.source", got=config["reference"]["source"],
         want="cached", hint="or an objective that needs a reference")
   run = setup.open_run(config, workdir)
-  model, start = setup.open_model(run, results.find_start(run))
+  model, start = architecture.open_model(run, results.find_start(run))
   stores = pools.open_preference_stores(run)
   stores = {data.key: data for data, _ in stores.values()}
   for data in stores.values():

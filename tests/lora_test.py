@@ -15,7 +15,7 @@ from mcpo_jax import config_keys
 from mcpo_jax.models import lora, scoring
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.stages import references
-from mcpo_jax.training import loop, setup, update
+from mcpo_jax.training import architecture, loop, setup, update
 from mcpo_jax.training import stage as stage_lib
 
 LLAMA = ModelConfig(
@@ -142,8 +142,8 @@ def test_bfloat16_kernels_are_merged_in_float32_and_rounded_once():
 
 
 def adapt(model, start, *, rank=3, targets=ALL):
-  """`setup.open_trained` of a model of training_cases."""
-  return setup.open_trained(
+  """`architecture.open_trained` of a model of training_cases."""
+  return architecture.open_trained(
       python_types.SimpleNamespace(mesh=model.mesh, config={
           "lora": {"rank": rank, "alpha": 2.0 * rank, "targets": targets},
           "model": {"adapter_path": None}, "seed": 5}), model, start)

@@ -68,7 +68,17 @@ HLO = """HloModule jit_f
   %q = f32[2] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
 }
 
+%begin (p: f32[9]) -> f32[18] {
+  %b = f32[18] all-gather(%p), channel_id=3, replica_groups={{0,1},{2,3}}
+}
+
+%go_on (p: f32[9]) -> f32[18] {
+  %c = f32[18] all-gather(%p), channel_id=3, replica_groups={{0,1},{2,3}}
+}
+
 ENTRY %main (p: f32[8,4]) -> f32[8,4] {
+  %f = f32[18] fusion(%p), calls=%begin
+  %h = f32[18] fusion(%f), calls=%go_on
   %w = s32[] while(%i), body=%body, b={"known_trip_count":{"n":"7"}}
   %v = s32[] while(%i), condition=%to_five, body=%permuting
   %ags = (f32[2,4], f32[8,4]) all-gather-start(%p), replica_groups=[1,4]<=[4]
@@ -79,8 +89,10 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
 
 
 def test_collectives_of_a_program_are_counted_by_hand():
-  found = {one.kind + str(one.times): one
-           for one in collectives.count(HLO, 4)}
+  split, *counted = collectives.count(HLO, 4)  # one gather in two places
+  assert (split.kind, split.payload) == ("all-gather", 72)
+  found = {one.kind + str(one.times): one for one in counted}
+  assert len(counted) == len(found)
   assert set(found) == {
       "all-gather7", "reduce-scatter7", "all-gather1", "all-reduce1",
       "collective-permute5"}

@@ -21,6 +21,7 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation"
     r"|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -60,11 +61,13 @@ def count(text: str, num_devices: int) -> list[Collective]:
     num_devices: that the program runs on.
 
   Returns:
-    One entry for each instruction and each number of its runs. Of the branches
-    of a conditional all are counted, of a loop of unknown length one run.
+    One entry for each collective: what a program splits over several
+    asynchronous computations has one channel. Of the branches of a conditional
+    all are counted, of a loop of unknown length one run.
   """
   computations, entry = _split(text)
   found: list[Collective] = []
+  channels = set()
 
   def walk(name: str, times: int) -> None:
     for line in computations.get(name, ()):
@@ -73,7 +76,10 @@ def count(text: str, num_devices: int) -> list[Collective]:
       inner = times * _trips(line, computations)
       kind = operation.removesuffix("-start")
       if kind in _KINDS:
-        found.append(_collective(kind, line, num_devices, times))
+        channel = _CHANNEL.search(line)
+        if channel is None or channel[1] not in channels:
+          found.append(_collective(kind, line, num_devices, times))
+          channels.add(channel and channel[1])
         continue  # what it applies is a sum
       for called in _CALLED.findall(line):
         walk(called, inner)

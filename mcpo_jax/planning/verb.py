@@ -19,7 +19,7 @@ from mcpo_jax import commit, devices, errors, sharding
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, flops, hf, hub, lora
 from mcpo_jax.planning import collectives, programs, topology
-from mcpo_jax.training import setup
+from mcpo_jax.training import architecture, setup
 from mcpo_jax.training import stage as stage_lib
 
 ROWS = 100_000  # prompts that costs are told for
@@ -129,7 +129,7 @@ def open_shape(config: dict[str, Any]) -> config_lib.ModelConfig:
   if options["path"] is not None:
     return hf.load_config(hub.resolve_config(
         options["path"], options["revision"]))
-  return setup.own_shape(options, config["tokenizer"]["vocab_size"])
+  return architecture.own_shape(options, config["tokenizer"]["vocab_size"])
 
 
 def lay_out(
@@ -137,7 +137,7 @@ def lay_out(
     mesh: jax.sharding.Mesh,
 ) -> stage_lib.Model:
   """The model on the mesh, with LoRA its adapters as what is trained."""
-  model = setup.lay_out(config, shape, mesh, shape.pad_token_id or 0)
+  model = architecture.lay_out(config, shape, mesh, shape.pad_token_id or 0)
   options = config["lora"]
   if options["rank"] is None:
     return model

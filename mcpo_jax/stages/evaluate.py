@@ -13,7 +13,7 @@ from mcpo_jax.evaluation import diversity, likelihood, samples
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results, sampling
-from mcpo_jax.training import metrics, reference, setup
+from mcpo_jax.training import architecture, metrics, reference, setup
 from mcpo_jax.training import stage as stage_lib
 
 
@@ -44,7 +44,7 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   options, seed = run.config["generation"], run.config["seed"]
   names = ("sft" if "sft" in run.config["stages"] else "start", "aligned")
 
-  model, start = setup.open_model(run, results.find_start(run))
+  model, start = architecture.open_model(run, results.find_start(run))
   first = start()
   service = sampling.make_service(run, model, first)
   laws = {"": (options["num_samples"], sampling.law(run.config)),

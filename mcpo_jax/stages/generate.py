@@ -30,7 +30,7 @@ from mcpo_jax.evaluation import samples, statistics
 from mcpo_jax.models import hf
 from mcpo_jax.rewards import functions
 from mcpo_jax.stages import results, sampling
-from mcpo_jax.training import setup
+from mcpo_jax.training import architecture, setup
 from mcpo_jax.types import GenerationResult
 
 # Columns of the store that are no columns of the record.
@@ -63,7 +63,7 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
       run, options["data_path"], options["data_format"], name="generate",
       prompts_only=True)
   weights = results.find_weights(run)
-  model, start = setup.open_model(run, weights.folder)
+  model, start = architecture.open_model(run, weights.folder)
   params = start()
   sha = hf.params_sha256(params)
   settings = {

@@ -11,8 +11,15 @@ from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf, lora, peft
 from mcpo_jax.stages import online as online_stage
 from mcpo_jax.stages import pools, references, results, sampling
+from mcpo_jax.training import (
+  architecture,
+  candidates,
+  loop,
+  metrics,
+  setup,
+  update,
+)
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import candidates, loop, metrics, setup, update
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
 
@@ -23,8 +30,8 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   done = results.read_result(run, "preference")
   if done is not None:
     return done
-  model, trained, start = setup.open_trained(
-      run, *setup.open_model(run, results.find_start(run)))
+  model, trained, start = architecture.open_trained(
+      run, *architecture.open_model(run, results.find_start(run)))
   stores = pools.open_preference_stores(run)
   data, rows = stores["train"]
   online = config["online"]["enabled"]

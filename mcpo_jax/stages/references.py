@@ -9,7 +9,7 @@ from tqdm import tqdm
 from mcpo_jax import objective_names, registry, sharding
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.models import hf, lora
-from mcpo_jax.training import reference, setup
+from mcpo_jax.training import architecture, reference, setup
 from mcpo_jax.training import stage as stage_lib
 
 
@@ -35,7 +35,7 @@ def reference_params(run: setup.Run, model: stage_lib.Model, start):
     return lora.merge(model.frozen), model
   if path is None:
     return start(), model
-  other, load = setup.open_model(
+  other, load = architecture.open_model(
       run, setup.resolve_once(run.workdir, path, None))
   return load(), other
 

@@ -15,8 +15,8 @@ from mcpo_jax.evaluation import preferences
 from mcpo_jax.models import decoder, hf, reward, scoring
 from mcpo_jax.rewards import model as reward_model
 from mcpo_jax.stages import pools, results
+from mcpo_jax.training import architecture, loop, metrics, setup
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics, setup
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training import step as step_lib
 
@@ -102,8 +102,8 @@ def run_reward_model(
 def open_reward_model(
     run: setup.Run,
 ) -> tuple[RewardModel, Callable[[], types.Params]]:
-  """As `setup.open_model` of the start, with a head from the seed."""
-  body, start_body = setup.open_model(run, results.find_start(run))
+  """As `architecture.open_model` of the start, with a head from the seed."""
+  body, start_body = architecture.open_model(run, results.find_start(run))
   config = dataclasses.replace(body.config, reward_head=True)
   shapes = decoder.param_shapes(
       config, dtype=run.config["model"]["param_dtype"])

@@ -15,7 +15,7 @@ from mcpo_jax.generation import requests, server, worker
 from mcpo_jax.generation import token as token_lib
 from mcpo_jax.models import hf
 from mcpo_jax.stages import results, sampling
-from mcpo_jax.training import setup
+from mcpo_jax.training import architecture, setup
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.types import Params
 
@@ -35,7 +35,7 @@ def run_serve(config: dict[str, Any], workdir: pathlib.Path) -> None:
   own = server.bind(options["host"], options["port"])
   run = setup.open_run(config, workdir)
   weights = results.find_weights(run)
-  model, start = setup.open_model(run, weights.folder)
+  model, start = architecture.open_model(run, weights.folder)
   front = make_server(run, model, start(), weights.step, token)
   server.run(front.app(), own, grace_seconds=options["grace_seconds"])
 

@@ -9,8 +9,8 @@ from absl import logging
 from mcpo_jax import commit, hosts
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results
+from mcpo_jax.training import architecture, loop, metrics, setup
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import loop, metrics, setup
 
 
 def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
@@ -22,7 +22,7 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     return done
   data = setup.open_store(
       run, config["sft"]["data_path"], config["sft"]["data_format"], name="sft")
-  model, start = setup.open_model(run, run.model_dir)
+  model, start = architecture.open_model(run, run.model_dir)
   rows = setup.trained_rows(
       run, data, np.arange(len(data)), pools.open_eval_store(run))
   key = setup.digest([
