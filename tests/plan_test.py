@@ -65,7 +65,8 @@ HLO = """HloModule jit_f
 }
 
 %permuting (carry: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
-  %q = f32[2] collective-permute(%x), source_target_pairs={{0,1},{1,0}}
+  %q = (f32[2], f32[2], u32[]{:S(2)}, u32[]) collective-permute-start(%x), \
+source_target_pairs={{0,1},{1,0}}
 }
 
 %begin (p: f32[9]) -> f32[18] {

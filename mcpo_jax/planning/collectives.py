@@ -1,7 +1,8 @@
-"""What devices send each other, counted in a compiled program's text.
+"""What devices send each other, as far as a compiled program's text names it.
 
 The text of a partitioned program has the shapes of one device. A scanned body
-stands in it once; here it counts as often as it runs.
+stands in it once; here it counts as often as it runs. What the TPU compiler
+has put into kernels of its own is not seen, so there this is a lower bound.
 """
 
 import math
@@ -131,7 +132,8 @@ def _collective(
     kind: str, line: str, num_devices: int, times: int
 ) -> Collective:
   result, _, rest = line.partition(f" {kind}")
-  arrays = [_bytes(*array) for array in _ARRAY.findall(result)]
+  arrays = [_bytes(*array) for array in _ARRAY.findall(result)
+            if array[1] or not rest.startswith("-start")]  # no context words
   members = _members(line, num_devices)
   if rest.startswith("-start") and kind != "all-reduce" and len(arrays) > 1:
     # (operands, results, ...): of both halves the larger one is whole.

@@ -2,7 +2,7 @@
 
 Lengths are the longest that the config allows, so a plan is an upper bound.
 Times are a roofline's: products at the devices' peak, memory at its bandwidth,
-collectives at the speed of all links; at least the largest of the three, at
+collectives, where the program names them, at the speed of all links; at least the largest of the three, at
 most their sum.
 """
 
@@ -317,7 +317,7 @@ def _cost_lines(config, target, model, stage, batch, functions, memory,
         if size > 2**20)
     lines.append(f"  {part:9} {runs:6.1f} x, {work.get(part, 0) / 1e12:.4g} "
                  f"TFLOP, padding {pad:.1%}, {times[part]}")
-    lines.append(f"  {'':9} a run sends {kinds or 'nothing to speak of'}")
+    lines.append(f"  {'':9} a run sends, by name, {kinds or 'nothing'}")
   used = sum(np.count_nonzero(c.prompt_slot >= 0) for part in compiled
              if part in chunks for c in chunks[part])
   least = sum(t.least for t in times.values())
