@@ -123,6 +123,47 @@ MUTANTS = (
         "test_a_shared_prompt_gives_the_logps_of_separate_texts",
     ),
     Mutant(
+        "prompt_of_the_first_query_alone", "models/tiles.py",
+        "axis=-1, where=same, initial=2**30)",
+        "axis=-1, where=same & (jnp.arange(tile) < 1), initial=2**30)",
+        "attention_kernels_test.py", "test_a_kernel_is_attention",
+    ),
+    Mutant(
+        "gradient_without_the_soft_cap", "models/tiles.py",
+        "slope * (1 - bent * bent)", "slope * (1 - 0 * bent)",
+        "attention_kernels_test.py", "test_a_kernel_is_attention",
+    ),
+    Mutant(
+        "a_key_tile_met_twice", "models/tiles.py",
+        "visible = (own | prompt) & (index >= first) & (index < end)",
+        "visible = own | prompt",
+        "attention_kernels_test.py", "test_a_kernel_is_attention",
+    ),
+    Mutant(
+        "scales_of_norms_of_the_last_stream", "models/decoder.py",
+        "return ((ones @ gradient).reshape(-1, shape[-1]).sum(0),)",
+        "return ((ones @ gradient).reshape(-1, shape[-1])[-1] / 2,)",
+        "models_scoring_test.py",
+        "test_gradients_are_those_of_finite_differences",
+    ),
+    Mutant(
+        "adapters_without_their_scale", "models/decoder.py",
+        "y = y + (scale * (flat @ a)) @ b", "y = y + (flat @ a) @ b",
+        "lora_test.py", "test_adapters_compute_what_merged_weights_compute",
+    ),
+    Mutant(
+        "two_sets_in_one_place", "data/packing.py",
+        "    used[stream] = place\n", "    used[stream] = place - 1\n",
+        "data_packing_test.py",
+        "test_chunks_of_several_lengths_hold_every_candidate",
+    ),
+    Mutant(
+        "a_set_is_cut_although_it_fits", "data/packing.py",
+        "if not whole or _spread(", "if _spread(",
+        "data_packing_test.py",
+        "test_a_whole_set_stays_in_one_chunk_and_is_cut_only_if_it_must_be",
+    ),
+    Mutant(
         "bfloat16_logits", "models/decoder.py",
         "wide = jnp.promote_types(hidden.dtype, jnp.float32)",
         "wide = hidden.dtype",

@@ -1,8 +1,8 @@
 """The verb plan: what a config needs of devices that are not here, and costs.
 
-Lengths are the longest that the config allows, so a plan is an upper bound.
-Times are a roofline's: products at the devices' peak, memory at its bandwidth,
-collectives, where the program names them, at the speed of all links; at least the largest of the three, at
+Lengths are the longest that the config allows. Times are a roofline's: products
+at the devices' peak, memory at its bandwidth, collectives, where the program
+names them, at the speed of all links; at least the largest of the three, at
 most their sum.
 """
 
