@@ -80,6 +80,12 @@ class NonFiniteError(McpoError):
   exit_code = 8
 
 
+class Preempted(McpoError):
+  """Told to stop, everything saved: the same line again goes on."""
+
+  exit_code = 75
+
+
 class ErrorGroup(McpoError):
   """Several refusals found in one pass; the first 20 are shown."""
 

@@ -12,7 +12,7 @@ import time
 import pytest
 import run_cases
 
-from mcpo_jax import errors, main
+from mcpo_jax import errors, main, settings
 from mcpo_jax.compare import report, results, rows, runs, verb
 
 CONFIG = run_cases.ROOT / "configs" / "quickstart.py"
@@ -21,6 +21,7 @@ CONFIG = run_cases.ROOT / "configs" / "quickstart.py"
 # objective's name says and writes when, where and on which cores it ran.
 PROGRAM = """
 import json, os, pathlib, sys, time
+from mcpo_jax import settings
 words = dict(w.lstrip("-").split("=", 1) for w in sys.argv[2:])
 workdir = pathlib.Path(words["workdir"])
 name, seed = words["config.objective.name"], int(words["config.seed"])
@@ -35,7 +36,7 @@ config = {"objective": {"name": name}, "seed": seed,
           "reference": {"source": "cached"}, "compare": {},
           "stages": ["preference", "evaluate"]}
 (workdir / "config.json").write_text(json.dumps(
-    {"version": 1, "config": config}))
+    {"version": settings.CONFIG_VERSION, "config": config}))
 time.sleep(0.3)
 if name == "explode":
   print("error[step.non_finite]: loss", file=sys.stderr)
@@ -294,7 +295,8 @@ def make_cell(cell, *, start, aligned, accuracy=0.5):
   prompts = [f"p{i}" for i in range(len(aligned))]
   mean = lambda values: sum(values) / len(values)
   for name, value in (
-      ("config.json", {"version": 1, "config": cell.config}),
+      ("config.json", {"version": settings.CONFIG_VERSION,
+                       "config": cell.config}),
       ("summary.json", {"score/aligned": mean(aligned),
                         "score/sft": mean(start), "eval/accuracy": accuracy,
                         "score/difference": mean(aligned) - mean(start),
