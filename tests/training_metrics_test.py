@@ -1,6 +1,7 @@
 """Metrics: a row a step, no doubles after a restart, sinks may fail."""
 
 import json
+import time
 
 from mcpo_jax.training import metrics
 
@@ -23,8 +24,11 @@ def test_rewind_drops_what_will_be_written_again(tmp_path):
 
 
 def test_not_a_number_is_written_as_null(tmp_path):
+  before = time.time()
   metrics.Writer(tmp_path).write("sft", 1, {"a": float("nan"), "b": 2})
-  assert rows(tmp_path) == [{"stage": "sft", "step": 1, "a": None, "b": 2.0}]
+  [row] = rows(tmp_path)
+  assert before - 1 < row.pop("time") < time.time() + 1
+  assert row == {"stage": "sft", "step": 1, "a": None, "b": 2.0}
 
 
 def test_a_sink_that_fails_is_dropped_and_the_rest_goes_on(

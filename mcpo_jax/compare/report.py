@@ -7,7 +7,6 @@ import os
 import pathlib
 import platform
 import shlex
-import subprocess
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from mcpo_jax.compare import results, runs
 from mcpo_jax.compare.results import Outcome, Result
 from mcpo_jax.compare.rows import Overrides
 from mcpo_jax.evaluation import comparison, plots, statistics
+from mcpo_jax.training import launches
 
 # Further columns: key of the runs' summary.json -> head.
 FIGURES = {
@@ -214,12 +214,10 @@ def _gain(result: Result | None, metric: str) -> str:
 
 def _versions() -> str:
   """Commit, JAX, machine."""
-  described = subprocess.run(
-      ["git", "describe", "--always", "--dirty"], capture_output=True,
-      text=True, cwd=pathlib.Path(__file__).parent)
-  code = f"Commit {described.stdout.strip()}, " if described.stdout else ""
-  return (f"{code}jax {importlib.metadata.version('jax')}, "
-          f"{platform.machine()}, {os.cpu_count()} cores")
+  code = launches.commit_of_code()
+  return (f"{f'Commit {code}, ' if code else ''}"
+          f"jax {importlib.metadata.version('jax')}, {platform.machine()}, "
+          f"{os.cpu_count()} cores")
 
 
 def _state(outcome: Outcome) -> str:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import math
 import pathlib
+import time
 from typing import Any
 
 from absl import logging
@@ -59,7 +60,8 @@ class Writer:
     commit.write_file(self.path, "".join(kept))
 
   def write(self, stage: str, step: int, values: dict[str, Any]) -> None:
-    """One row. Not-a-number becomes null, which JSON can hold."""
+    """One row. Not-a-number becomes null, which JSON can hold; "time" in the
+    file is that of the clock, in seconds."""
     values = {k: float(v) for k, v in values.items()}
     for name, sink in list(self._sinks.items()):
       try:
@@ -69,7 +71,7 @@ class Writer:
         del self._sinks[name]
 
   def _write_line(self, stage, step, values) -> None:
-    row = {"stage": stage, "step": step} | {
+    row = {"stage": stage, "step": step, "time": round(time.time(), 3)} | {
         k: v if math.isfinite(v) else None for k, v in values.items()}
     with open(self.path, "a") as file:
       file.write(json.dumps(row) + "\n")

@@ -30,7 +30,7 @@ from mcpo_jax.data import batches, files, records
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import hf
-from mcpo_jax.training import loop
+from mcpo_jax.training import launches, loop
 from mcpo_jax.training import stage as stage_lib
 
 # What may differ between two launches into the same workdir.
@@ -97,6 +97,7 @@ def open_run(
     model_dir = resolve_once(
         workdir, config["model"]["path"], config["model"]["revision"])
   store_config(config, workdir)
+  launches.record(workdir)
   return Run(config, workdir, cache, mesh, model_dir,
              open_tokenizer(config, workdir, model_dir), sampler_mesh, profile)
 

@@ -1,0 +1,58 @@
+"""What ran a workdir: a line of launches.jsonl per start of a process group.
+
+  {"time": Unix seconds, "command": words, "versions": {name: text}, "commit",
+   "devices": {"kind", "platform", "count"}, "processes", "cores", "system"}
+"""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+
+from mcpo_jax import hosts, settings
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
+             "transformers", "tokenizers", "numpy")
+
+
+def record(workdir: pathlib.Path) -> None:
+  """Adds this launch to the workdir's launches.jsonl."""
+  if hosts.is_first():
+    with open(workdir / "launches.jsonl", "a", encoding="utf-8") as file:
+      file.write(json.dumps(describe()) + "\n")
+
+
+def describe() -> dict[str, Any]:
+  """This process and what it runs on; the words of the command without what
+  looks like a secret."""
+  devices = jax.devices()
+  return {
+      "time": time.time(),
+      "command": [settings.redact(word) for word in sys.argv[1:]],
+      "versions": {"python": platform.python_version()} | {
+          name: importlib.metadata.version(name) for name in _PACKAGES},
+      "commit": commit_of_code(),
+      "devices": {"kind": devices[0].device_kind,
+                  "platform": devices[0].platform, "count": len(devices)},
+      "processes": hosts.count(),
+      "cores": os.cpu_count(),
+      "system": f"{platform.system()} {platform.machine()}",
+  }
+
+
+def commit_of_code() -> str:
+  """As `git describe` has it, with "-dirty" after changes; "" outside git."""
+  try:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True,
+        text=True, cwd=pathlib.Path(__file__).parent)
+  except OSError:  # no git here
+    return ""
+  return described.stdout.strip()
