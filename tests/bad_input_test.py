@@ -12,38 +12,29 @@ To add rows, append to TABLE; `where` must occur in the error's `where`.
 import contextlib
 import gzip
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 import unittest
 import unittest.mock
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
+import bad_configs
 import jax
 import models_folders
+import numpy as np
 import pytest
+from bad_configs import Case, Use, refused, resolved
 
-from mcpo_jax import errors, main, sharding
+from mcpo_jax import commit, errors, sharding
 from mcpo_jax.data import batches, files, records, tokenizer
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.generation import server
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder
-from mcpo_jax.training import setup
-
-Use = Callable[[], Any]
-
-
-class Case(NamedTuple):
-  """One bad input and what it must get."""
-
-  id: str
-  make: Callable[[pathlib.Path], Use]
-  error: type[errors.McpoError] | None
-  slug: str | None
-  where: str
-  exit_code: int
-
+from mcpo_jax.training import loop, reference, setup
 
 # Data records.
 
@@ -157,6 +148,19 @@ def _extension(folder):
   return lambda: _store(folder, str(path))
 
 
+def _broken_set(folder):
+  _write(folder / "state.json", "{}")
+  return lambda: _store(folder, str(folder))
+
+
+def _binary_set(folder):
+  import datasets
+
+  datasets.Dataset.from_list([PAIR | {"extra": b"\x80\x04."}]).save_to_disk(
+      str(folder / "set"))
+  return lambda: _store(folder, str(folder / "set"))
+
+
 def _two_files(first, second):
   def make(folder):
     _write(folder / "x1.jsonl", json.dumps(first))
@@ -185,44 +189,7 @@ def _masked(**changes):
   return _read(PAIR, row)
 
 
-# Configs and the command line.
-
-QUICKSTART = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.py"
-
-
-def _resolved(folder: pathlib.Path, *overrides: str) -> dict[str, Any]:
-  """The quickstart's config, with `name=value` overrides."""
-  return main.read_config(main.parse([
-      "train", f"--config={QUICKSTART}", f"--workdir={folder / 'run'}",
-      f"--config.cache_dir={folder.parent / 'cache'}",
-      *(f"--config.{o}" for o in overrides)]))
-
-
-def _set(*overrides: str):
-  return lambda folder: lambda: _resolved(folder, *overrides)
-
-
-def _typed(*words: str):
-  """What is typed; {} stands for the folder."""
-  return lambda folder: lambda: main.run(
-      [w.replace("{}", str(folder)) for w in words])
-
-
-def _config_file(*lines: str, beside: str | None = None):
-  """A config file with these lines in its get_config()."""
-  def make(folder):
-    code = folder.parent / "code"
-    code.mkdir()
-    if beside:
-      (code / beside).write_text("{}")
-    (code / "mine.py").write_text("\n  ".join([
-        "from configs import quickstart\ndef get_config():",
-        "config = quickstart.get_config()", *lines, "return config"]))
-    return _typed("train", f"--config={code / 'mine.py'}", "--workdir={}/r")(
-        folder)
-
-  return make
-
+# Configs and the command line: what needs JAX, beside bad_configs.py.
 
 _held = []  # locks and ports of a run that is still at work
 
@@ -230,22 +197,14 @@ _held = []  # locks and ports of a run that is still at work
 def _claimed(*overrides: str, release: bool, **changes: Any):
   """A workdir that a run has, or had; changes to its config.json."""
   def make(folder):
-    config, workdir = _resolved(folder), folder / "run"
+    config, workdir = resolved(folder), folder / "run"
     setup.claim(config, workdir)
     setup.store_config(config, workdir)
     file = setup._locks.pop(workdir.resolve())
     file.close() if release else _held.append(file)
     path = workdir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    return lambda: setup.claim(_resolved(folder, *overrides), workdir)
-
-  return make
-
-
-def _read_back(text: str, *words: str):
-  def make(folder):
-    (folder / "config.json").write_text(text)
-    return _typed("evaluate", "--workdir={}", *words)(folder)
+    return lambda: setup.claim(resolved(folder, *overrides), workdir)
 
   return make
 
@@ -254,10 +213,10 @@ def _three_streams_on_eight_devices(folder):
   """Refused twice: the first refusal does not claim the workdir's config."""
   workdir = folder.parent / "run"
   with contextlib.suppress(errors.ConfigError):
-    setup.open_run(_resolved(folder, "data.num_streams=3"), workdir)
+    setup.open_run(resolved(folder, "data.num_streams=3"), workdir)
   setup._locks.clear()
   return lambda: setup.open_run(
-      _resolved(folder, "data.num_streams=3", "seed=1"), workdir)
+      resolved(folder, "data.num_streams=3", "seed=1"), workdir)
 
 
 def _odd_vocab_on_eight_devices(folder):
@@ -289,33 +248,51 @@ def _pad_is_eos(folder):
   return use
 
 
-def _warns(override: str):
-  def make(folder):
-    def use():
-      with unittest.TestCase().assertLogs("absl", "WARNING") as logs:
-        _resolved(folder, override)
-      return "config.precision" in logs.output[0]
+def _data_changed(folder):
+  """A run resumes, its data have got one more row."""
+  row = json.dumps(PAIR)
+  path = _write(folder / "x.jsonl", row)
+  cache = folder.parent / "other"
+  build = lambda: store_lib.build_store(
+      [(path, "auto", 1.0, None)], _TINY[0], cache_dir=cache)
+  saved = {"data": build().key}
+  _write(folder / "x.jsonl", f"{row}\n{row.replace('a b', 'z')}")
+  return lambda: loop.check_same_run(saved, {"data": build().key}, folder)
 
-    return use
+
+def _ref_cache(**changes: np.ndarray):
+  """A committed shard of log-probs of two rows, with other arrays in it."""
+  def make(folder):
+    arrays = {"token_logps": np.array([-1, -2, -3], "f4"),
+              "sums": np.array([-1, -5], "f4"),
+              "starts": np.array([[0, 0], [1, 1], [2, 3]])} | changes
+
+    def write(shard):
+      for name, array in arrays.items():
+        np.save(shard / f"{name}.npy", array)
+
+    commit.write_folder(folder / "00000000", write, {})
+    return lambda: reference.ReferenceCache(folder, 2)
 
   return make
 
 
-def _elsewhere(folder):
-  def use():
-    with contextlib.chdir(folder):
-      main.run(["train", "--config=configs/quickstart.py", "--workdir=r"])
-
-  return use
-
-
-def _serve(token: str):
-  """The verb without weights, with this text in its token file."""
-  def make(folder):
-    path = _write(folder / "token", token)
-    return _typed("serve", _RUN[0], f"--config.serve.token_path={path}")(folder)
-
-  return make
+def _bos_from_both(folder):
+  """The template sets BOS, and so does the tokenizer's own post-processor."""
+  there = folder.parent / "tokenizer"
+  shutil.copytree(_TINY[0].hf.name_or_path, there)
+  path = there / "tokenizer.json"
+  bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+  sequence = {"Sequence": {"id": "A", "type_id": 0}}
+  path.write_text(json.dumps(json.loads(path.read_text()) | {
+      "post_processor": {
+          "type": "TemplateProcessing", "single": [bos, sequence],
+          "pair": [bos, sequence], "special_tokens": {"<|bos|>": {
+              "id": "<|bos|>", "ids": [_TINY[0].bos_id],
+              "tokens": ["<|bos|>"]}}}}))
+  both = tokenizer.load_tokenizer(there)
+  return lambda: both.adds_bos and (
+      both.encode_prompt("a").tolist().count(both.bos_id) == 1)
 
 
 def _port_in_use(folder):
@@ -334,188 +311,39 @@ def _no_device(folder):
   return use
 
 
-def _config(case_id, make, slug, where):
-  return Case(case_id, make, errors.ConfigError, slug, where, 2)
-
-
-def _out_of_range(case_id, override):
-  return _config(case_id, _set(override), "config.range",
-                 override.split("=")[0])
-
-
-_TOKEN = "hf_" + "aB3" * 12
-_COMMIT = "0123456789abcdef" * 2 + "01234567"
-_RUN = ("--config=" + str(QUICKSTART), "--workdir={}/run")
-
-# C8 (dropout) and L10 (a second Ctrl-C) name what is not there; L6 and L11 are
-# in main_test.py. L12: a second start in a workdir in use. Table G, what a
-# server is asked for, is in generation_server_test.py.
-CONFIGS = [
-    _config("C1 typed", _set("objective.btea=1"), "config.unknown_key",
-            "objective.btea"),
-    _config("C1 group", _set("optimiser.name=sgd"), "config.unknown_key",
-            "optimiser.name"),
-    _config("C1 file", _config_file("config.objective.btea = 1"),
-            "config.unknown_key", "mine.py:4"),
-    _config("C2 int", _set("batch_size=1.5"), "config.type", "batch_size"),
-    _config("C2 float", _set("objective.beta=abc"), "config.type",
-            "objective.beta"),
-    _config("C2 bool", _set("data.quarantine=2"), "config.type",
-            "data.quarantine"),
-    _config("C2 group", _set("model=3"), "config.type", "model"),
-    _config("C2 file", _config_file("config.batch_size = '100'"),
-            "config.type", "mine.py:4"),
-    _config("C2 json", _set("tokenizer.chat_template_kwargs=[1]"),
-            "config.type", "tokenizer.chat_template_kwargs"),
-    _config("C2 date", _set("tokenizer.date=yesterday"), "config.type",
-            "tokenizer.date"),
-    *(_out_of_range(f"C3 {o}", o) for o in (
-        "objective.beta=nan", "optimizer.learning_rate=inf",
-        "sft.num_steps=-5", "batch_size=None", "data.stream_length=None")),
-    *(_out_of_range(f"C4 {o}", o) for o in (
-        "objective.beta=0", "optimizer.learning_rate=-1",
-        "optimizer.warmup_ratio=1.5", "kernel.temperature=0",
-        "kernel.num_negatives=0", "generation.top_p=0",
-        "generation.top_p=1.1", "generation.temperature=-1",
-        "generation.num_samples=0", "evaluation.num_display=0",
-        "seed=-1", "batch_size=" + "9" * 400, "objective.name=mpco",
-        "model.family=lama", "data.prompt_overlength=cut",
-        "data.completion_overlength=left", "export.dtype=float16",
-        "data.format=natve", "tokenizer.bos=always", "data.path=a.jsonl*0",
-        "data.eval_path=a.jsonl*nan", "sft.data_path=a.jsonl,,b.jsonl")),
-    _config("C5", _three_streams_on_eight_devices, "config.divisible",
+# Table G, what a server is asked for, is in generation_server_test.py.
+MACHINERY = [
+    refused("C5", _three_streams_on_eight_devices, "config.divisible",
             "data.num_streams"),
-    _config("C5 tokens", lambda folder: lambda: setup.open_run(
-        _resolved(folder, "mesh.context=8", "data.stream_length=576"),
+    refused("C5 tokens", lambda folder: lambda: setup.open_run(
+        resolved(folder, "mesh.context=8", "data.stream_length=576"),
         folder.parent / "run"), "config.divisible", "data.stream_length"),
-    _config("C6 zero", _set("mesh.data=0"), "config.mesh", "mesh"),
-    _config("C6 two", _set("mesh.fsdp=-1"), "config.mesh", "mesh"),
-    _config("C6 devices", lambda folder: lambda: sharding.make_mesh(
+    refused("C6 devices", lambda folder: lambda: sharding.make_mesh(
         data=3, fsdp=1, tensor=-1), "config.mesh", "mesh"),
-    _config("C6 vocab", _odd_vocab_on_eight_devices, "config.divisible",
+    refused("C6 vocab", _odd_vocab_on_eight_devices, "config.divisible",
             "lm_head/kernel"),
-    _config("C6 kv", _set("model.num_kv_heads=3"), "config.divisible",
-            "model.num_kv_heads"),
-    _config("C7 context", _set("model.max_position_embeddings=95"),
-            "config.length", "model.max_position_embeddings"),
-    _config("C7 sample", _set("generation.max_new_tokens=465"),
-            "config.length", "model.max_position_embeddings"),
-    _config("C7 stream", _set("data.stream_length=95"), "config.length",
-            "data.stream_length"),
-    _config("C9", _set("reference.path=./none"), "config.reference",
-            "reference.path"),
-    Case("C9 hub", lambda folder: lambda: _resolved(
-        folder, "reference.path=owner/name"), None, None, "", 0),
+    _data("D32", _data_changed, "data.changed_since_checkpoint", ""),
+    _data("D34 nan", _ref_cache(sums=np.array([-1, np.nan], "f4")),
+          "data.ref_cache", "00000000"),
+    _data("D34 rows", _ref_cache(starts=np.array([[0, 0], [2, 3]])),
+          "data.ref_cache", "00000000"),
+    _data("D34 tokens", _ref_cache(token_logps=np.array([-1, -2], "f4")),
+          "data.ref_cache", "00000000"),
+    Case("K17 objects", _ref_cache(sums=np.array([{}, {}])),
+         errors.CheckpointError, "ckpt.unsafe_format", "00000000", 5),
+    _data("D35 offline", lambda folder: lambda: _store(
+        folder, "owner/set-that-was-never-fetched"), "data.hub", "owner/set"),
+    Case("H13", _bos_from_both, None, None, "", 0),
     Case("C10", _pad_is_eos, None, None, "", 0),
-    _config("C11 steps", _set("num_steps=3"), "config.conflict", "num_steps"),
-    _config("C11 order", _set("stages=preference,sft"), "config.conflict",
-            "stages"),
-    _config("C11 strategy", _set("kernel.strategy=random"), "config.unused",
-            "kernel.temperature"),
-    _config("C11 objective", _set("objective.gamma_beta_ratio=1"),
-            "config.unused", "objective.gamma_beta_ratio"),
-    _config("C11 revision", _set("data.revision=main"), "config.unused",
-            "data.revision"),
-    _config("C11 override", _read_back("{}", "--config.seed=1"),
-            "config.unused", "seed"),
-    _config("C12", _claimed("objective.beta=0.7", release=True),
+    refused("C12", _claimed("objective.beta=0.7", release=True),
             "config.other_run", "config.json"),
-    _config("C13 model", _config_file(beside="model.safetensors"),
-            "config.untrusted_code", "mine.py"),
-    _config("C13 run", _config_file(beside="config.json"),
-            "config.untrusted_code", "mine.py"),
-    _config("C14", _set(f"cache_dir={_TOKEN}"), "config.secret", "cache_dir"),
-    _config("C14 hex", _set(f"reward.name={_COMMIT}"), "config.secret",
-            "reward.name"),
-    Case("C14 commit", lambda folder: lambda: _resolved(
-        folder, "model.path=owner/name", f"model.revision={_COMMIT}"),
-         None, None, "", 0),
-    Case("C14 folder", lambda folder: lambda: _resolved(
-        folder, f"model.path=/hub/snapshots/{_COMMIT}"), None, None, "", 0),
-    _config("C15 resume", _claimed(release=True, version=99),
+    refused("C15 resume", _claimed(release=True, version=99),
             "config.version", "config.json"),
-    _config("C15 read", _read_back('{"version": 99, "config": {}}'),
-            "config.version", "config.json"),
-    _config("C15 cut", _read_back('{"vers'), "config.invalid", "config.json"),
-    *(_out_of_range(f"A1 {o}", o) for o in (
-        "lora.rank=0", "lora.rank=-2")),
-    _config("A1 target", _set("lora.rank=4", "lora.targets=q_proj,q_porj"),
-            "config.range", "lora.targets"),
-    _config("A1 alpha", _set("lora.rank=4", "lora.alpha=0"), "config.range",
-            "lora.alpha"),
-    _config("A1 base", _set("lora.rank=4", "stages=preference"),
-            "config.missing", "model.path"),
-    _config("A2 alpha", _set("lora.alpha=8"), "config.unused", "lora.alpha"),
-    _config("A2 targets", _set("lora.targets=q_proj"), "config.unused",
-            "lora.targets"),
-    _config("A2 rank", lambda folder: lambda: _resolved(
-        folder, f"model.path={folder}", f"model.adapter_path={folder}",
-        "stages=preference", "lora.rank=2"), "config.unused", "lora.rank"),
-    _config("A3 base", _set("reference.source=lora_base"), "config.conflict",
-            "reference.source"),
-    _config("A3 path", lambda folder: lambda: _resolved(
-        folder, f"reference.path={folder}", "lora.rank=2",
-        "reference.source=lora_base"), "config.unused", "reference.path"),
-    _config("A4 folder", _set(
-        "model.path=./base", "model.adapter_path=./none", "stages=preference"),
-            "config.missing", "model.adapter_path"),
-    _config("A4 base", lambda folder: lambda: _resolved(
-        folder, f"model.adapter_path={folder}", "stages=preference"),
-            "config.missing", "model.path"),
-    _config("A4 sft", lambda folder: lambda: _resolved(
-        folder, f"model.path={folder}", f"model.adapter_path={folder}"),
-            "config.conflict", "model.adapter_path"),
-    _config("A4 twice", lambda folder: lambda: _resolved(
-        folder, f"model.path={folder}", f"model.adapter_path={folder}",
-        f"reference.path={folder}", "stages=preference"), "config.conflict",
-            "reference.path"),
-    Case("C16", _warns("model.param_dtype=bfloat16"), None, None, "", 0),
-    *(_config(f"C17 {o}", _set(o), "config.retention", o.split("=")[0])
-      for o in ("checkpoint.keep=1", "checkpoint.keep=0",
-                "checkpoint.every_steps=0")),
-    *(_config(f"moments {name}", _set(
-        f"optimizer.name={name}", "optimizer.moment_dtype=bfloat16"),
-        "config.unused", "optimizer.moment_dtype")
-      for name in ("rmsprop", "adafactor")),
-    _config("profile", _typed("audit", *_RUN, "--profile"), "cli.flag",
-            "--profile"),
-    _config("L1", _typed("train", *_RUN, "--wrkdir=x"), "cli.flag", "--wrkdir"),
-    _config("L1 verb", _typed("trian", *_RUN), "cli.verb", ""),
-    _config("L1 word", _typed("train", "more", *_RUN), "cli.flag", "more"),
-    _config("L2", _typed("train", "--workdir={}/run"), "config.missing",
-            "--config"),
-    _config("L2 workdir", _typed("train", _RUN[0]), "cli.flag", "--workdir"),
-    _config("L2 out", _typed("export", *_RUN), "cli.flag", "--out"),
-    _config("L2 topology", _typed("plan", _RUN[0]), "cli.flag", "--topology"),
-    _config("L2 unplanned", _typed("train", *_RUN, "--topology=v5e:4x4"),
-            "cli.flag", "--topology"),
-    _config("L plan", _typed("plan", _RUN[0], "--topology=v5e:16"),
-            "plan.topology", "--topology"),
-    _config("L price", _typed("plan", _RUN[0], "--topology=v5e:4x4",
-                              "--price-per-chip-hour=cheap"),
-            "cli.flag", "--price-per-chip-hour"),
-    _config("L3", _typed("train", "--config={}/quikstart.py", _RUN[1]),
-            "config.missing", "quikstart.py"),
-    _data("L3 data", lambda folder: lambda: setup.check_sources(_resolved(
+    _data("L3 data", lambda folder: lambda: setup.check_sources(resolved(
         folder, f"data.path={folder}/kwsie.jsonl*2")), "data.no_files",
           "kwsie.jsonl"),
-    _config("L2 serve", _serve("x" * 16), "config.missing", "model.path"),
-    *(Case(f"L4 {verb[0]}", _typed(*verb, *_RUN), errors.CheckpointError,
-           "ckpt.none", "run", 5)
-      for verb in (("evaluate",), ("export", "--out={}/out"))),
-    _config("L5", _typed("train", *_RUN, "--fresh=1", "--resume=1"),
-            "cli.flag", "--fresh"),
-    _config("L7 host", _set("serve.host=0.0.0.0"), "config.conflict",
-            "serve.host"),
-    _config("L7 name", _set("serve.host=example.org"), "config.range",
-            "serve.host"),
-    Case("L7 inside", lambda folder: lambda: _resolved(
-        folder, "serve.host=::1"), None, None, "", 0),
-    _config("L7 token", _serve(""), "config.missing", "serve.token_path"),
-    _config("L7 weak", _serve("x" * 15), "config.range", "serve.token_path"),
     Case("L7 port", _port_in_use, errors.ResourceError, "serve.port",
          "serve.port", 6),
-    _config("L8", _elsewhere, "config.missing", "configs/quickstart.py"),
     Case("L9", _no_device, errors.ResourceError, "device", "", 6),
     Case("L12", _claimed(release=False), errors.CheckpointError,
          "ckpt.locked", "run", 5),
@@ -634,6 +462,8 @@ TABLE = [
         folder, str(folder / "*.jsonl")), "data.no_files", "*.jsonl"),
     _data("D30 directory", lambda folder: lambda: _store(
         folder, str(folder)), "data.unreadable", ""),
+    _data("D30 set", _broken_set, "data.unreadable", ""),
+    _data("D28 set", _binary_set, "data.unsafe_type", "extra"),
     _data("D30 no rows", _read(""), "data.too_small", "x.jsonl"),
     _data("D31 cut", _bytes("x.jsonl.gz", _GZIP[:-20]), "data.compression",
           "x.jsonl.gz"),
@@ -648,47 +478,33 @@ TABLE = [
                           KWISE | {"prompt": "z", "prompt_id": "p"}),
           "data.duplicate_id", "x.jsonl:2, prompt_id"),
     *models_folders.cases(Case),
-    *CONFIGS,
+    *bad_configs.ROWS,
+    *MACHINERY,
 ]
 
 
 # The test.
 
 
-def _listing(folder: pathlib.Path) -> dict[str, bytes]:
-  return {str(p.relative_to(folder)): p.read_bytes()
-          for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case.id)
 def test_bad_input_gets_its_refusal_and_nothing_is_lost(case, tmp_path):
-  folder = tmp_path / "in"
-  folder.mkdir()
-  use = case.make(folder)
-  before = _listing(folder)
-  if case.error is None:
-    assert use()
-  else:
-    with pytest.raises(case.error) as raised:
-      use()
-    error = raised.value
-    assert error.slug == case.slug
-    assert case.where in error.where
-    assert error.exit_code == case.exit_code
-    assert len(str(error)) < 2000
-    assert not list(tmp_path.rglob("*.tmp"))
-    cache = tmp_path / "cache"
-    assert not cache.exists() or not list(cache.iterdir())
-  assert _listing(folder) == before
+  bad_configs.check(case, tmp_path)
 
 
-def test_ids_and_slugs_of_the_table_are_sound():
+def test_no_two_rows_have_one_id():
   ids = [case.id for case in TABLE]
   assert len(ids) == len(set(ids))
-  wanted = {f"D{n}" for n in [*range(1, 32), 33, 36]}
-  wanted |= {f"C{n}" for n in range(1, 18) if n != 8}
-  wanted |= {f"L{n}" for n in (1, 2, 3, 4, 5, 7, 8, 9, 12)}
-  assert wanted <= {i.split()[0] for i in ids}
+
+
+def test_a_mistake_of_the_user_is_told_within_two_seconds_and_without_jax():
+  done = subprocess.run(
+      [sys.executable, bad_configs.__file__], capture_output=True, text=True,
+      timeout=120, env=os.environ | {"PYTHONPATH": str(
+          bad_configs.QUICKSTART.parents[1])})
+  assert done.returncode == 0, done.stderr
+  seen = json.loads(done.stdout)
+  assert seen["seconds"].keys() == {case.id for case in bad_configs.ROWS}
+  assert max(seen["seconds"].values()) < 2.0 and not seen["jax"]
 
 
 def test_several_bad_rows_are_listed_at_once(tmp_path):

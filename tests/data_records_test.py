@@ -262,7 +262,8 @@ def test_a_hub_name_is_loaded_at_its_commit(hub, monkeypatch):
 
   def load_dataset(name, split, revision):
     assert (name, split, revision) == ("owner/set", "train_prefs", "c0ffee")
-    return [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    return datasets.Dataset.from_list(
+        [{"prompt": "a", "chosen": "b", "rejected": "c"}])
 
   monkeypatch.setattr(datasets, "load_dataset", load_dataset)
   [record] = rows("owner/set:train_prefs", revision="main")
@@ -310,8 +311,9 @@ def test_a_store_of_a_hub_set_is_keyed_by_its_commit(
 
   from mcpo_jax.data import store, tokenizer
 
-  monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: [
-      {"prompt": "a", "chosen": "b", "rejected": "c"}])
+  monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: (
+      datasets.Dataset.from_list(
+          [{"prompt": "a", "chosen": "b", "rejected": "c"}])))
   tok = tokenizer.load_tokenizer(tokenizer.train_tokenizer(
       ["a"], vocab_size=300, out_dir=tmp_path / "tok"))
   built = store.build_store(

@@ -234,7 +234,7 @@ def test_a_template_that_rewrites_the_prompt_is_refused(folders):
      "{% endfor %}", "time"),
     ("{% set a = 'a' * 3000000000 %}", "memory"),
     ("{{ 'a' * 2000000 }}", "output")])
-def test_a_template_may_not_use_up_the_machine(
+def test_h12_a_template_may_not_use_up_the_machine(
     folders, monkeypatch, template, what):
   monkeypatch.setattr(tokenizer_lib, "_TRIAL_SECONDS", 1)
   with pytest.raises(errors.ModelDirError) as e:
@@ -247,7 +247,7 @@ def test_a_template_may_not_use_up_the_machine(
 @pytest.mark.parametrize("template", [
     "{{ ''.__class__.__mro__ }}", "{% for i in range(10**9) %}x{% endfor %}",
     "{% if %}", "{{ bos_token }}"])
-def test_a_broken_or_malicious_template_is_named_at_load(folders, template):
+def test_h12_a_broken_or_malicious_template_is_named_at_load(folders, template):
   with pytest.raises(errors.ModelDirError) as e:
     tokenizer_lib.load_tokenizer(folders["llama3"], chat_template=template)
   assert e.value.slug == "hf.template"

@@ -55,7 +55,7 @@ def test_every_tensor_changed_and_none_was_lost(folders):
   assert not same
 
 
-def test_transformers_computes_our_logits_from_the_export(folders):
+def test_h16_transformers_computes_our_logits_from_the_export(folders):
   import jax.numpy as jnp
 
   from mcpo_jax import types

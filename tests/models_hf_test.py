@@ -160,7 +160,7 @@ def test_the_hash_of_the_weights_sees_every_bit():
 
 
 @pytest.mark.parametrize("fault", ["killed", "wrong bytes"])
-def test_a_failed_export_leaves_the_old_one(fault, folder, monkeypatch):
+def test_h15_a_failed_export_leaves_the_old_one(fault, folder, monkeypatch):
   before = {p.name: p.read_bytes() for p in folder.iterdir()}
   write, calls = hf.write_file, []
 
@@ -222,7 +222,7 @@ def test_config_survives_writing_and_reading(family):
   assert sum(w == 9 for w in config.windows) == windows[family]
 
 
-def test_generation_config_gives_way_with_a_warning(folder, caplog):
+def test_h14_generation_config_gives_way_with_a_warning(folder, caplog):
   edit_json(folder / "generation_config.json", eos_token_id=[7])
   with caplog.at_level(logging.WARNING):
     assert hf.load_config(folder).eos_token_ids == (2, 5)

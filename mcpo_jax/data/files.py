@@ -311,13 +311,25 @@ def _is_saved_set(folder: pathlib.Path) -> bool:
 def _saved_rows(folder: pathlib.Path) -> Iterator[Row]:
   import datasets
 
-  saved = datasets.load_from_disk(str(folder))
+  try:
+    saved = datasets.load_from_disk(str(folder))
+  except Exception as e:  # datasets raises many kinds for a bad folder
+    raise errors.DataError(
+        "data.unreadable", f"no set of `datasets`: {type(e).__name__}",
+        where=str(folder), hint="write it again: save_to_disk") from None
   if isinstance(saved, datasets.DatasetDict):
     raise errors.DataError(
         "data.no_files", "the folder holds several splits", where=str(folder),
         got=", ".join(saved), hint=f"name one: {folder}/{next(iter(saved))}")
-  for number, row in enumerate(saved):
-    yield _plain_row(f"{folder}:{number}", row)
+  yield from _set_rows(str(folder), saved)
+
+
+def _set_rows(path: str, rows) -> Iterator[Row]:
+  """The rows of a `datasets.Dataset`."""
+  for field in rows.data.schema:
+    _check_arrow_type(field, path)
+  for number, row in enumerate(rows):
+    yield _plain_row(f"{path}:{number}", row)
 
 
 def resolve_revision(path: str, revision: str | None) -> str | None:
@@ -374,5 +386,4 @@ def _hub_rows(path: str, revision: str | None) -> Iterator[Row]:
         hint="no local file of this name either; offline only sets that were "
         "fetched before can be read (HF_HUB_OFFLINE is their switch)",
     ) from None
-  for number, row in enumerate(rows):
-    yield _plain_row(f"{path}:{number}", row)
+  yield from _set_rows(path, rows)

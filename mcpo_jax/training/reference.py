@@ -67,8 +67,10 @@ class ReferenceCache:
     """Verifies what is there.
 
     Raises:
-      CheckpointError: a shard's content does not match its manifest.
-      DataError: data.ref_cache, a log-prob is not finite.
+      CheckpointError: a shard's content does not match its manifest;
+        ckpt.unsafe_format, it holds no plain arrays.
+      DataError: data.ref_cache, a log-prob is not finite, or a shard holds
+        other rows than it should.
     """
     self._folder = pathlib.Path(folder)
     self._num_rows = num_rows
@@ -86,11 +88,23 @@ class ReferenceCache:
 
   def _open(self, first: int) -> None:
     shard = self._folder / f"{first:08d}"
-    arrays = tuple(np.load(shard / f"{name}.npy", mmap_mode="r")
-                   for name in ("token_logps", "sums", "starts"))
+    try:
+      arrays = tuple(np.load(shard / f"{name}.npy", mmap_mode="r")
+                     for name in ("token_logps", "sums", "starts"))
+    except ValueError as e:  # of pickled objects, which are never loaded
+      raise errors.CheckpointError(
+          "ckpt.unsafe_format", str(e), where=str(shard)) from None
     if not np.isfinite(arrays[1]).all():
-      raise errors.DataError("data.ref_cache", "a log-prob is not finite",
-                             where=str(shard))
+      raise errors.DataError(
+          "data.ref_cache", "a log-prob is not finite", where=str(shard),
+          hint="delete the folder: it is filled anew")
+    tokens, sums, starts = arrays
+    rows = min(ROWS_PER_SHARD, self._num_rows - first)
+    if len(starts) != rows + 1 or list(starts[-1]) != [len(sums), len(tokens)]:
+      raise errors.DataError(
+          "data.ref_cache", "a shard holds other rows", where=str(shard),
+          got=f"{len(starts) - 1} rows", want=f"{rows} rows",
+          hint="delete the folder: it is filled anew")
     self._shards[first] = arrays
 
   @property
