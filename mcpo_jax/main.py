@@ -27,15 +27,16 @@ VERBS = {
     "audit": "the data report, before any training",
     "score": "fill the reference cache ahead of training",
     "compare": "a table of settings beside each other, over seeds",
+    "report": "a page of the run in --workdir, or of several: --workdir=A,B",
     "plan": "memory, FLOPs and cost on --topology, before any training",
 }
 SHARED_VERBS = ("train", "evaluate", "generate", "export", "score")
 FLAGS = {
     "config": "a Python file with get_config()",
     "workdir": "where the run keeps its files; the same one resumes",
-    "out": "folder to export to",
+    "out": "export: the folder; report: the page, if not WORKDIR/report.html",
     "topology": "plan: devices to plan for, such as v5e:4x4 or h200:8",
-    "price-per-chip-hour": "plan: what a chip costs, for the cost of a run",
+    "price-per-chip-hour": "plan, report: what a chip costs, for that of a run",
     "profile": "train: a trace of a few updates in <workdir>/profile",
     "debug": "show tracebacks",
     "help": "this text",
@@ -278,7 +279,8 @@ def run(argv: list[str]) -> None:
       not workdir):
     raise errors.ConfigError("cli.flag", "this verb needs a workdir",
                              where="--workdir", hint="--workdir=runs/NAME")
-  if (command.verb == "export") != ("out" in command.flags):
+  if command.verb != "report" and (
+      command.verb == "export") != ("out" in command.flags):
     raise errors.ConfigError("cli.flag", "goes with the verb export",
                              where="--out", hint="export --out=DIR")
   if "profile" in command.flags and command.verb != "train":
@@ -290,6 +292,9 @@ def run(argv: list[str]) -> None:
     raise errors.ConfigError(
         "hosts.verb", "this verb runs in one process", where="MCPO_COORDINATOR",
         got=command.verb, want=" | ".join(SHARED_VERBS))
+  if command.verb == "report":
+    _report(command)
+    return
   if command.verb == "compare":
     from mcpo_jax.compare import verb
 
@@ -343,19 +348,45 @@ def _plan(config: dict[str, Any], flags: dict[str, str]) -> None:
   from mcpo_jax.planning import topology
 
   topology.parse(flags["topology"])
-  price = flags.get("price-per-chip-hour")
-  try:
-    price = None if price is None else float(price)
-  except ValueError:
-    raise errors.ConfigError(
-        "cli.flag", "not a number", where="--price-per-chip-hour",
-        got=price) from None
+  price = _price(flags)
   topology.prepare()
   from mcpo_jax.planning import verb
 
   workdir = flags.get("workdir")
   verb.plan(config, flags["topology"], price,
             pathlib.Path(workdir) if workdir else None)
+
+
+def _price(flags: dict[str, str]) -> float | None:
+  """Of a chip for an hour, if it was given."""
+  text = flags.get("price-per-chip-hour")
+  try:
+    return None if text is None else float(text)
+  except ValueError:
+    raise errors.ConfigError(
+        "cli.flag", "not a number", where="--price-per-chip-hour",
+        got=text) from None
+
+
+def _report(command: CommandLine) -> None:
+  """The verb report, which reads workdirs and no config."""
+  text = command.flags["workdir"]
+  workdirs = [pathlib.Path(path) for path in dict.fromkeys(
+      [text] if pathlib.Path(text).is_dir() else text.split(","))]
+  unused = [*(f"--config.{key}" for key, _ in command.overrides),
+            *(f"--{flag}" for flag in ("config", "topology")
+              if flag in command.flags)]
+  if unused:
+    raise errors.ConfigError("cli.flag", "the report is made from what lies "
+                             "in the workdir", where=unused[0])
+  if len(workdirs) > 1 and "out" not in command.flags:
+    raise errors.ConfigError("cli.flag", "a page of several runs needs a place",
+                             where="--out", hint="--out=report.html")
+  from mcpo_jax.evaluation import report
+
+  out = pathlib.Path(command.flags.get("out", workdirs[0] / "report.html"))
+  report.write_report(workdirs, out, price=_price(command.flags))
+  print(out)
 
 
 def _worth_showing(record) -> bool:

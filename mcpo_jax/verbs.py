@@ -40,6 +40,8 @@ def train(
     summary |= stages[name](run, writer)
     hosts.wait_for_first(name)
     write_summary(workdir, summary)
+  if "evaluate" in config["stages"]:
+    write_report(run)
   print(json.dumps(summary, indent=1))
 
 
@@ -48,6 +50,7 @@ def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   run = setup.open_run(config, workdir)
   summary = evaluate_stage.run_evaluate(run, metrics.Writer(workdir))
   write_summary(workdir, summary)
+  write_report(run)
   print(json.dumps(summary, indent=1))
 
 
@@ -94,17 +97,48 @@ def score(config: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def audit(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
   """Prints the data report; with a workdir also writes it there."""
-  data = config["data"]
-  report, text = audit_lib.audit(
-      setup.sources_of(config, data["path"], data["format"]),
-      setup.sources_of(config, data["eval_path"], data["eval_format"])
-      if data["eval_path"] else [])
-  print(text)
+  report = audit_data(config)
+  print(audit_lib.format_report(report))
   if workdir:
     workdir.mkdir(parents=True, exist_ok=True)
-    write_summary(workdir, {
-        f"audit/{k.replace('.', '/')}": v
-        for k, v in settings.flatten(report).items()})
+    write_summary(workdir, flat_audit(report))
+
+
+def audit_data(config: dict[str, Any]) -> dict[str, Any]:
+  """The data report of a config's training and held-out sources."""
+  data = config["data"]
+  return audit_lib.audit(
+      setup.sources_of(config, data["path"], data["format"]),
+      setup.sources_of(config, data["eval_path"], data["eval_format"])
+      if data["eval_path"] else [])[0]
+
+
+def flat_audit(report: dict[str, Any]) -> dict[str, Any]:
+  """As the summary has it."""
+  return {f"audit/{k.replace('.', '/')}": v
+          for k, v in settings.flatten(report).items()}
+
+
+def write_report(run: setup.Run) -> None:
+  """The page of a run, with its data report, which runs of the same data
+  share. The run is done: what goes wrong here is told and ends nothing."""
+  from mcpo_jax.evaluation import report  # a second, which training saves
+
+  stores = pools.open_preference_stores(run)
+  if hosts.is_first():
+    key = setup.digest(sorted(data.key for data, _ in stores.values()))
+    path = run.cache / "audits" / f"{key}.json"
+    try:
+      if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        commit.write_file(path, json.dumps(audit_data(run.config)))
+      write_summary(run.workdir, flat_audit(json.loads(path.read_text())))
+      out = run.workdir / "report.html"
+      report.write_report([run.workdir], out)
+      logging.info("report: %s", out)
+    except Exception as e:
+      logging.warning("there is no report: %s: %s", type(e).__name__, e)
+  hosts.wait_for_first("the report")
 
 
 def write_summary(workdir: pathlib.Path, values: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from mcpo_jax import commit, errors, types
 from mcpo_jax.data import files
 
-_PAGE = pathlib.Path(__file__).with_name("explorer.html")
+PAGE = pathlib.Path(__file__).with_name("explorer.html")  # with two marks
 _FIELDS = {"step", "prompt_id", "prompt", "candidates"}
 _CANDIDATE_FIELDS = {
     "text", "score", "logp", "ref_logp", "weight", "drawn", "role", "source",
@@ -105,15 +105,19 @@ def write_explorer(
   for row in files.read_rows(str(rows_path)):
     if isinstance(row.value, errors.DataError):
       raise row.value
-    rows.append(_embed(row.value, row.where))
-  page = _PAGE.read_text("utf-8").replace("{{title}}", html.escape(title))
+    rows.append(embed(row.value, row.where))
+  page = PAGE.read_text("utf-8").replace("{{title}}", html.escape(title))
   # Last, so that no row is looked through for the other mark.
   page = page.replace("{{rows}}", f"[{','.join(rows)}]")
   commit.write_file(pathlib.Path(out_path), page)
 
 
-def _embed(row: dict[str, Any], where: str) -> str:
-  """A row as JSON that may stand in a script element: no "<" ends it."""
+def embed(row: dict[str, Any], where: str) -> str:
+  """A row as JSON that may stand in a script element: no "<" ends it.
+
+  Raises:
+    DataError: data.field_missing, data.non_finite.
+  """
   missing = _FIELDS - row.keys()
   for one in () if missing else row["candidates"]:
     missing |= _CANDIDATE_FIELDS - one.keys()

@@ -15,6 +15,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00",
             "#000000")
 _LINES = (("-", "o"), ((0, (4, 1.5)), "s"), ((0, (1, 1.2)), "^"),
           ((0, (6, 1.5, 1, 1.5)), "D"))  # dashes, marker
+_ACROSS = 4  # panels beside each other
 _BLUE, _VERMILION, _GREY = _COLOURS[0], _COLOURS[5], "#777777"
 
 
@@ -78,17 +79,21 @@ def curves(
     symlog: metrics whose scale differs from row to row, drawn linearly between
       -1 and 1 and logarithmically beyond.
   """
-  height = max(3.2, 0.4 + 0.19 * len(rows))
-  figure = Figure(figsize=(4.0 * len(titles) + 2.4, height),
-                  layout="constrained")
-  panels = figure.subplots(1, len(titles), squeeze=False)[0]
+  across = min(len(titles), _ACROSS)
+  down = math.ceil(len(titles) / across)
+  height = max(3.2 * down, 0.4 + 0.19 * len(rows))
+  figure = Figure(figsize=(4.0 * across + 2.4, height), layout="constrained")
+  panels = figure.subplots(down, across, squeeze=False).flat
+  for axes in panels[len(titles):]:
+    axes.remove()
   for axes, (metric, title) in zip(panels, titles.items()):
     for i, metrics in enumerate(rows.values()):
       dashes, marker = _LINES[i // len(_COLOURS) % len(_LINES)]
       points = sorted(metrics.get(metric, {}).items())
       axes.plot([step for step, _ in points], [value for _, value in points],
                 color=_COLOURS[i % len(_COLOURS)], linestyle=dashes,
-                linewidth=1.5, marker=marker, markersize=3)
+                linewidth=1.5, marker=marker if len(points) <= 50 else None,
+                markersize=3)
     if metric in symlog:
       axes.set_yscale("symlog", linthresh=1.0)
     axes.set_title(title, fontsize=10)

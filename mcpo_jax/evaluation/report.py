@@ -1,0 +1,658 @@
+"""report.html: what a run did, or several beside each other, in one file.
+
+It is made of whatever lies in the workdirs, also while a run goes on and after
+it has failed. What is missing or damaged is said on the page. Of a workdir it
+reads
+
+  config.json, summary.json          of the run, as `settings` and `verbs` have
+                                     them
+  metrics.jsonl, launches.jsonl      curves; time, devices and versions
+  STAGE/result.json, manifest.json   whether a stage has finished
+  evaluate/samples.json              completions before and after
+  preference/samples.jsonl           the same while it was training
+  preference/candidates.jsonl        rows of `explorer`
+
+Nothing is loaded from elsewhere. However long the runs, the page stays below
+MAX_BYTES: curves are thinned, and of many candidate sets some are shown.
+"""
+
+import array
+import collections
+import datetime
+import json
+import math
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+
+from mcpo_jax import commit, devices, errors, settings
+from mcpo_jax.evaluation import explorer, plots
+
+MAX_BYTES = 3_000_000
+_NUMBERS = 120_000  # of all curves, 7 bytes each
+_POINTS = (40, 400)  # of a curve: at least, at most
+_CANDIDATE_BYTES = 1_000_000
+_SHOWN = 12  # prompts with completions
+_TEXT = 3000  # characters of a prompt or completion
+
+_PAGE = pathlib.Path(__file__).with_name("report.html")
+# What a reader looks at first, in this order.
+_MAIN = (
+    "loss", "eval/loss", "rewards/margins", "eval/margin",
+    "rewards/accuracies", "eval/accuracy", "rewards/chosen",
+    "rewards/rejected", "objective/kl", "eval/score", "candidates/score",
+    "judge/mean", "kernel/entropy", "kernel/ess", "kernel/negative_rank",
+    "candidates/length", "eval/likelihood/length_correlation",
+    "grads/global_norm", "learning_rate", "perf/tokens_per_sec", "perf/mfu")
+# Last part of a metric's name -> what its axis shows.
+_UNITS = {
+    "loss": "nats, mean over prompts", "margins": "reward, chosen − rejected",
+    "margin": "reward, chosen − rejected", "accuracies": "share of pairs",
+    "accuracy": "share of pairs", "kl": "nats per sample",
+    "kl_per_token": "nats per token", "entropy": "nats",
+    "ess": "effective number of candidates", "max_weight": "weight",
+    "negative_rank": "rank of the drawn by kernel score, 0 = highest",
+    "length": "tokens", "learning_rate": "per update", "mfu": "share of peak",
+    "global_norm": "norm", "tokens_per_sec": "tokens per second",
+    "flops_per_sec": "FLOP per second", "pad_fraction": "share of tokens",
+    "compile_seconds": "seconds", "logp_gap": "nats per token",
+    "score": "score"}
+_UNIT_OF_GROUP = {"rewards": "reward", "logps": "nats per completion",
+                  "kernel": "", "candidates": "", "perf": ""}
+
+
+class Curve(NamedTuple):
+  """A metric over updates; NaN where the run wrote none."""
+
+  steps: np.ndarray  # [N] ascending
+  values: np.ndarray  # [N]
+
+
+class Run(NamedTuple):
+  """What was found in a workdir."""
+
+  name: str
+  folder: pathlib.Path
+  config: dict[str, Any]  # dotted key -> value
+  summary: dict[str, Any]
+  curves: dict[str, dict[str, Curve]]  # stage -> metric -> curve
+  times: list[tuple[float, str]]  # Unix seconds and stage of the rows
+  launches: list[dict[str, Any]]
+  samples: dict[str, list[dict[str, Any]]]  # how drawn -> rows
+  progress: list[dict[str, Any]]  # rows of preference/samples.jsonl
+  candidates: list[str]  # rows as JSON
+  notes: list[str]
+
+
+def write_report(
+    workdirs: Sequence[pathlib.Path],
+    out: pathlib.Path,
+    *,
+    price: float | None = None,
+) -> None:
+  """Writes the page, and the main curves as PNG in a folder beside it.
+
+  Args:
+    workdirs: of the runs; of several the page opens with how their configs
+      differ, and their curves lie over each other.
+    out: of the page, replaced at once when all of it is there.
+    price: of a chip for an hour, in whatever currency.
+
+  Raises:
+    CheckpointError: ckpt.none, a workdir holds no run.
+  """
+  runs = [_read_run(folder, name, len(workdirs))
+          for folder, name in zip(workdirs, _names(workdirs))]
+  charts = _charts(runs)
+  figures = out.with_name(f"{out.stem}_png")
+  page = jinja2.Environment(
+      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+      lstrip_blocks=True).from_string(_PAGE.read_text("utf-8"))
+  text = page.render(
+      title=" · ".join(run.name for run in runs), runs=runs,
+      states=[_state(run) for run in runs],
+      differences=_differences([run.config for run in runs]),
+      charts=charts, results=_results(runs), samples=_samples(runs),
+      explorer={"page": explorer.PAGE.read_text("utf-8"),
+                "rows": [run.candidates for run in runs]},
+      audits=[_audit(run.summary) for run in runs],
+      costs=[_cost(run, price) for run in runs], price=price,
+      launches=[[_launch(one) for one in run.launches] for run in runs],
+      figures=figures.name)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  commit.write_folder(
+      figures, lambda folder: _draw(runs, folder), {}, replace=True)
+  # Half a surrogate pair, which JSON can hold, is no character.
+  commit.write_file(out, text.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+  """As much of the end of each path as tells them apart."""
+  parts = [folder.resolve().parts for folder in folders]
+  for length in range(1, max(map(len, parts)) + 1):
+    names = ["/".join(part[-length:]) for part in parts]
+    if len(set(names)) == len(set(parts)):
+      break
+  return names
+
+
+# --- Reading ------------------------------------------------------------------
+
+
+def _read_run(folder: pathlib.Path, name: str, num_runs: int) -> Run:
+  """Reads what there is.
+
+  Raises:
+    CheckpointError: ckpt.none.
+  """
+  notes: list[str] = []
+  saved = _read_json(folder / "config.json", notes)
+  config = saved.get("config")
+  if saved and not isinstance(config, dict):
+    notes.append("config.json is not that of a run")
+  elif saved and saved.get("version") != settings.CONFIG_VERSION:
+    notes.append("config.json was saved by another version of the program")
+  config = settings.flatten(config) if isinstance(config, dict) else {}
+  summary = _read_json(folder / "summary.json", notes)
+  curves, times = _read_metrics(folder / "metrics.jsonl", notes)
+  if not (config or summary or curves):
+    raise errors.CheckpointError(
+        "ckpt.none", "no run lies in this workdir", where=str(folder),
+        got="; ".join(notes) or None,
+        want="a config.json, metrics.jsonl or summary.json of a run")
+  if not config:
+    notes.append("there is no config of the run")
+  if not curves:
+    notes.append("there are no metrics yet")
+  samples = {
+      str(law).strip("/"): rows for law, rows in _read_json(
+          folder / "evaluate/samples.json", notes).items()
+      if isinstance(rows, list)}
+  launches = [row for row in _read_lines(folder / "launches.jsonl", notes)
+              if isinstance(row.get("time"), int | float)]
+  return Run(
+      name, folder, config, summary, curves, times, launches, samples,
+      [row for row in _read_lines(folder / "preference/samples.jsonl", notes)
+       if {"step", "prompt", "start", "now"} <= row.keys()],
+      _read_candidates(folder / "preference/candidates.jsonl",
+                       _CANDIDATE_BYTES // num_runs, notes),
+      notes)
+
+
+def _read_json(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
+  """A file that holds an object; {} with a note if it does not."""
+  try:
+    value = json.loads(path.read_text("utf-8"))
+    if isinstance(value, dict):
+      return value
+  except FileNotFoundError:
+    return {}
+  except (OSError, ValueError, RecursionError):
+    pass
+  notes.append(f"{_short(path)} is damaged or no file of a run; it is left out")
+  return {}
+
+
+def _read_lines(
+    path: pathlib.Path, notes: list[str]
+) -> Iterator[dict[str, Any]]:
+  """The objects of a file of lines, with a note of what is none."""
+  bad = []
+  try:
+    with open(path, "rb") as file:
+      for number, line in enumerate(file, 1):
+        row = _object(line)
+        if row is None:
+          bad.append((number, line))
+        else:
+          yield row
+  except FileNotFoundError:
+    return
+  except OSError as e:
+    notes.append(f"{_short(path)} cannot be read: {e.strerror}")
+  if bad and not bad[-1][1].endswith(b"\n"):
+    notes.append(f"{_short(path)} ends in half a line, as after a kill")
+    bad.pop()
+  if bad:
+    notes.append(f"{_short(path)}: lines that are no rows: {len(bad)}, the "
+                 f"first is line {bad[0][0]}")
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    return None
+  return row if isinstance(row, dict) else None
+
+
+def _read_metrics(
+    path: pathlib.Path, notes: list[str]
+) -> tuple[dict[str, dict[str, Curve]], list[tuple[float, str]]]:
+  """Curves of every stage, and when their rows were written."""
+  found: dict[str, dict[str, tuple[array.array, array.array]]] = {}
+  times, foreign = [], 0
+  for row in _read_lines(path, notes):
+    stage, step = row.pop("stage", None), row.pop("step", None)
+    if not isinstance(stage, str) or not _is_number(step):
+      foreign += 1
+      continue
+    time = row.pop("time", None)
+    if _is_number(time):
+      times.append((time, stage))
+    metrics = found.setdefault(stage, {})
+    for name, value in row.items():
+      if value is None or _is_number(value):
+        if name not in metrics:
+          metrics[name] = array.array("d"), array.array("d")
+        metrics[name][0].append(step)
+        metrics[name][1].append(math.nan if value is None else value)
+  if foreign:
+    notes.append(f"{path.name}: rows without stage and step: {foreign}")
+  curves = {stage: {name: _curve(*arrays) for name, arrays in metrics.items()}
+            for stage, metrics in found.items()}
+  gaps = {f"{stage} {name}": int(np.isnan(curve.values).sum())
+          for stage, metrics in curves.items()
+          for name, curve in metrics.items()
+          if not name.endswith(("_ci95_low", "_ci95_high"))}
+  gaps = {name: count for name, count in gaps.items() if count}
+  if gaps:
+    shown = sorted(gaps.items(), key=lambda item: -item[1])[:8]
+    notes.append(
+        "values that are not finite, shown as gaps: " + ", ".join(
+            f"{name} {count}×" for name, count in shown)
+        + (f" and {len(gaps) - 8} metrics more" if len(gaps) > 8 else ""))
+  return curves, times
+
+
+def _curve(steps: array.array, values: array.array) -> Curve:
+  """In order of the steps; of two values of a step the later one."""
+  steps, values = np.frombuffer(steps), np.frombuffer(values)
+  values = np.where(np.isfinite(values), values, np.nan)
+  order = np.argsort(steps, kind="stable")
+  last = np.append(np.diff(steps[order]) > 0, True)
+  return Curve(steps[order][last], values[order][last])
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _read_candidates(
+    path: pathlib.Path, most: int, notes: list[str]
+) -> list[str]:
+  """Rows of the explorer as JSON, spread over the file, of `most` bytes."""
+  if not path.is_file():
+    return []
+  size, rows, bad, read = path.stat().st_size, [], 0, 0
+  with open(path, "rb") as file:
+    lines = file if size <= most else _spread_lines(file, size, most)
+    for line in lines:
+      row = _object(line)
+      try:
+        text = explorer.embed(row or {}, str(path))
+      except errors.DataError:
+        bad += line.endswith(b"\n")  # half a line: the run was killed there
+        continue
+      rows.append(text)
+      read += len(text)
+      if read > most:
+        break
+  if bad:
+    notes.append(f"{_short(path)}: lines that are no sets: {bad}")
+  if size > most:
+    notes.append(
+        f"of {_short(path)} ({size / 1e6:.1f} MB) {len(rows)} sets are shown, "
+        "spread over the run; candidates.html of a finished run has all")
+  return rows
+
+
+def _spread_lines(file, size: int, most: int) -> Iterator[bytes]:
+  """Whole lines at even distances, so many that they make about `most`."""
+  length = len(file.readline()) or 1
+  seen = set()
+  for place in np.linspace(0, size, max(2, most // length), endpoint=False):
+    file.seek(int(place))
+    if place >= 1:
+      file.readline()  # the rest of a line
+    if file.tell() not in seen:
+      seen.add(file.tell())
+      yield file.readline()
+
+
+def _short(path: pathlib.Path) -> str:
+  """A file's name, with its folder if that is one of a stage."""
+  folder = path.parent.name
+  return (f"{folder}/{path.name}" if folder in ("preference", "evaluate")
+          else path.name)
+
+
+# --- What the page shows ------------------------------------------------------
+
+
+def _state(run: Run) -> dict[str, Any]:
+  """Stages and how far they came, and the figures that head the page."""
+  stages, total = [], {"preference": run.config.get("num_steps"),
+                       "sft": run.config.get("sft.num_steps"),
+                       "reward_model": run.config.get("reward_model.num_steps")}
+  for stage in run.config.get("stages") or list(run.curves):
+    steps = [curve.steps[-1] for curve in run.curves.get(stage, {}).values()]
+    text = f"step {max(steps):.0f}" if steps else "not begun"
+    if steps and total.get(stage):
+      text += f" of {total[stage]}"
+    done = any((run.folder / stage / name).exists() for name in (
+        "result.json", commit.MANIFEST))
+    stages.append({"name": stage, "done": done,
+                   "text": "finished" if done else text})
+  return {
+      "stages": stages,
+      "as_of": _date(max(time for time, _ in run.times)) if run.times else None,
+      "figures": [{"name": key, **cell} for key in (
+          "score/difference", "score/aligned", "eval/accuracy", "objective/kl")
+                  if (cell := _cell(run.summary, key))]}
+
+
+def _differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The keys in which the configs differ, and all values."""
+  keys = sorted({key for config in configs for key in config})
+  rows = [{"key": key, "values": [
+      settings.redact(str(config[key])) if key in config else "–"
+      for config in configs]} for key in keys]
+  for row in rows:
+    row["differs"] = len(set(row["values"])) > 1
+  return rows
+
+
+def _charts(runs: Sequence[Run]) -> dict[str, Any]:
+  """The curves as the page's script draws them.
+
+  Returns:
+    "runs": names; "steps": lists of updates, which lines share; "stages":
+    [{"name", "groups": [{"name", "panels": [index]}]}]; "panels": [{"name",
+    "unit", "lines": [[run, index in steps, values, low, high]]}], None where
+    nothing is known; low and high are the interval that was written, or what
+    lies between the points of a thinned curve.
+  """
+  grids: dict[tuple[float, ...], int] = {}
+  panels, stages = [], []
+  names = list(dict.fromkeys(s for run in runs for s in run.curves))
+  found = {stage: dict.fromkeys(
+      name for run in runs for name in run.curves.get(stage, {})
+      if not name.endswith(("_ci95_low", "_ci95_high"))) for stage in names}
+  count = sum(name in run.curves.get(stage, {}) for run in runs
+              for stage in names for name in found[stage])
+  most = min(max(_NUMBERS // max(3 * count, 1), _POINTS[0]), _POINTS[1])
+  for stage in names:
+    if stage == "evaluate":  # its numbers stand in the table
+      continue
+    groups: dict[str, list[int]] = {"main": []}
+    order = [name for name in _MAIN if name in found[stage]]
+    for name in [*order, *(n for n in found[stage] if n not in order)]:
+      lines = []
+      for i, run in enumerate(runs):
+        metrics = run.curves.get(stage, {})
+        if name in metrics:
+          steps, *values = _thin(
+              metrics[name], metrics.get(f"{name}_ci95_low"),
+              metrics.get(f"{name}_ci95_high"), most)
+          lines.append([i, grids.setdefault(tuple(steps), len(grids)),
+                        *values])
+      if name in order:
+        groups["main"].append(len(panels))
+      group = name.rpartition("/")[0] or "training"
+      groups.setdefault(group, []).append(len(panels))
+      panels.append({"name": name, "unit": _unit(name), "lines": lines})
+    stages.append({"name": stage, "groups": [
+        {"name": group, "panels": members}
+        for group, members in groups.items() if members]})
+  return {"runs": [run.name for run in runs], "steps": list(grids),
+          "stages": stages, "panels": panels}
+
+
+def _unit(name: str) -> str:
+  head, _, last = name.rpartition("/")
+  return _UNITS.get(last) or _UNIT_OF_GROUP.get(head.rpartition("/")[2], "")
+
+
+def _thin(
+    curve: Curve, low: Curve | None, high: Curve | None, most: int
+) -> tuple[list, list, list | None, list | None]:
+  """At most `most` points: steps, values, low, high.
+
+  Past that, points are means of neighbours, between their least and largest.
+  """
+  whole = [curve.values] + [
+      bound.values for bound in (low, high)
+      if bound is not None and np.array_equal(bound.steps, curve.steps)]
+  if len(curve.steps) <= most:
+    lists = [_round(values) for values in whole]
+    return _round(curve.steps), *(
+        lists if len(lists) == 3 else [lists[0], None, None])
+  edges = np.linspace(0, len(curve.steps), most + 1).astype(int)[:-1]
+  known = np.isfinite(curve.values)
+  total = np.add.reduceat(np.where(known, curve.values, 0.0), edges)
+  number = np.add.reduceat(known.astype(float), edges)
+  mean = np.where(number, total / np.maximum(number, 1), np.nan)
+  return (_round(curve.steps[edges]), _round(mean),
+          _round(np.fmin.reduceat(curve.values, edges)),
+          _round(np.fmax.reduceat(curve.values, edges)))
+
+
+def _round(values: np.ndarray) -> list[float | None]:
+  """Five digits; None for NaN."""
+  return [None if math.isnan(v) else int(v) if v == int(v) and abs(v) < 1e9
+          else float(f"{v:.5g}") for v in values.tolist()]
+
+
+def _cell(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
+  """A number of the summary with its interval, as text and to be drawn."""
+  value = summary.get(key)
+  if value is None or isinstance(value, dict | list):
+    return None
+  bounds = [summary.get(f"{key}_ci95_{side}") for side in ("low", "high")]
+  known = all(_is_number(x) and math.isfinite(x) for x in [value, *bounds])
+  return {"text": _number(value), "value": value,
+          "interval": f"{_number(bounds[0])} to {_number(bounds[1])}"
+          if known else None, "bounds": bounds if known else None}
+
+
+def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Groups of the summary's numbers; those with intervals come first, each
+  with its place on a scale that the group shares, in 0..100."""
+  keys = dict.fromkeys(
+      key for run in runs for key in run.summary
+      if not key.startswith("audit/")
+      and not key.endswith(("_ci95_low", "_ci95_high")))
+  groups: dict[str, list[dict[str, Any]]] = {}
+  for key in keys:
+    cells = [_cell(run.summary, key) for run in runs]
+    if any(cells):
+      group, _, name = key.rpartition("/")
+      groups.setdefault(group, []).append({"name": name, "cells": cells})
+  out = []
+  for group, rows in groups.items():
+    drawn = [cell for row in rows for cell in row["cells"]
+             if cell and cell["bounds"]]
+    ends = [x for cell in drawn for x in cell["bounds"]]
+    if drawn:
+      low, high = min(ends), max(ends)
+      place = lambda x, low=low, high=high: round(
+          4 + 92 * (x - low) / (high - low or 1), 2)
+      for cell in drawn:
+        cell["places"] = [place(cell["bounds"][0]), place(cell["value"]),
+                          place(cell["bounds"][1])]
+    out.append({
+        "name": group or "run", "rows": rows, "drawn": bool(drawn),
+        "zero": place(0.0) if drawn and low < 0 < high else None})
+  return sorted(out, key=lambda group: not group["drawn"])
+
+
+def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Sections of prompts, each with the completions side by side."""
+  sections = []
+  laws = dict.fromkeys(law for run in runs for law in run.samples)
+  for law in laws:
+    cards: dict[str, list[dict[str, Any]]] = {}
+    for i, run in enumerate(runs):
+      for row in run.samples.get(law, []):
+        if isinstance(row, dict) and "prompt" in row:
+          _add(cards, row["prompt"], i, {
+              k: v for k, v in row.items() if k != "prompt"})
+    sections.append({"name": f"held-out prompts, {law}", "cards": cards})
+  cards = {}
+  for i, run in enumerate(runs):
+    steps = sorted({row["step"] for row in run.progress if row["step"] > 0})
+    few = 1 if len(runs) > 1 else 3
+    chosen = [steps[int(place)] for place in np.linspace(
+        len(steps) - 1, 0, min(few, len(steps)))][::-1]
+    for row in run.progress:
+      if row["step"] in chosen:
+        _add(cards, row["prompt"], i, {
+            "start": row["start"], f"step {row['step']}": row["now"]})
+  sections.append({"name": "while training, greedy", "cards": cards})
+  return [section | {"cards": list(section["cards"].items())[:_SHOWN]}
+          for section in sections if section["cards"]]
+
+
+def _add(cards, prompt: Any, run: int, texts: dict[str, Any]) -> None:
+  """Adds a run's completions of a prompt; what another run has too, as a
+  common start, stands there once."""
+  cells = cards.setdefault(_text(prompt), [])
+  for name, text in texts.items():
+    text = _text(text)
+    same = [c for c in cells if (c["name"], c["text"]) == (name, text)]
+    if not same:
+      cells.append({"runs": [run], "name": name, "text": text})
+    elif run not in same[0]["runs"]:
+      same[0]["runs"].append(run)
+
+
+def _text(value: Any) -> str:
+  """A prompt or completion to read, cut when it is long."""
+  if isinstance(value, list):
+    value = "\n\n".join(
+        f"{m.get('role')}: {m.get('content') or ''}" if isinstance(m, dict)
+        else str(m) for m in value)
+  text = str(value)
+  return text if len(text) <= _TEXT else (
+      f"{text[:_TEXT]} … ({len(text) - _TEXT} characters more)")
+
+
+def _audit(summary: dict[str, Any]) -> dict[str, dict[str, str]]:
+  """Side -> name -> text, of the keys that the verb audit writes."""
+  sides: dict[str, dict[str, list[str]]] = {}
+  for key, value in summary.items():
+    head, *path = key.split("/")
+    if head == "audit" and len(path) >= 2:
+      side, name, *rest = path
+      if isinstance(value, list):
+        value = "; ".join(map(str, value)) or "none"
+      text = _number(value) if _is_number(value) else str(value)
+      sides.setdefault(side, {}).setdefault(name.replace("_", " "), []).append(
+          f"{'/'.join(rest)} {text}" if rest else text)
+  return {side: {name: ", ".join(parts) for name, parts in rows.items()}
+          for side, rows in sides.items()}
+
+
+def _cost(run: Run, price: float | None) -> dict[str, Any]:
+  """Stages with their time and speed, and what all of it took.
+
+  Time is that between the rows of metrics.jsonl, or from the launch to the
+  first of them: pauses between launches do not count, nor what was lost when
+  the run ended without a row.
+  """
+  seconds: collections.Counter = collections.Counter()
+  device_seconds, chip_seconds = 0.0, 0.0
+  starts = sorted(run.launches, key=lambda one: one["time"])
+  before, i = None, 0
+  for time, stage in sorted(run.times):
+    while i < len(starts) and starts[i]["time"] <= time:
+      before, i = starts[i]["time"], i + 1
+    if before is not None:
+      kind = _devices(starts[i - 1] if i else {})
+      seconds[stage] += time - before
+      device_seconds += (time - before) * kind["count"]
+      chip_seconds += (time - before) * kind["count"] / kind["per_chip"]
+    before = time
+  stages = []
+  for stage, metrics in run.curves.items():
+    middle = lambda name, metrics=metrics: float(np.nanmedian(
+        metrics[name].values)) if name in metrics and np.isfinite(
+            metrics[name].values).any() else None
+    speed, mfu = middle("perf/tokens_per_sec"), middle("perf/mfu")
+    stages.append({
+        "name": stage, "time": _duration(seconds[stage]) if (
+            run.times) else "not recorded",
+        "updates": "–" if stage == "evaluate" else _number(max(
+            c.steps[-1] for c in metrics.values())),
+        "speed": "–" if speed is None else f"{_number(speed)} tokens/s",
+        "mfu": "–" if mfu is None else f"{100 * mfu:.1f} %"})
+  return {
+      "stages": stages, "total": _duration(sum(seconds.values())),
+      "recorded": bool(run.times), "launches": len(run.launches),
+      "device_hours": _number(device_seconds / 3600),
+      "cost": None if price is None else _number(chip_seconds / 3600 * price)}
+
+
+def _devices(launch: dict[str, Any]) -> dict[str, Any]:
+  """Kind, count and devices of a chip."""
+  found = launch.get("devices")
+  found = found if isinstance(found, dict) else {}
+  known = devices.find(str(found.get("kind")))
+  return {"kind": str(found.get("kind", "unknown")),
+          "count": found["count"] if _is_number(found.get("count")) else 1,
+          "per_chip": known.per_chip if known else 1}
+
+
+def _launch(one: dict[str, Any]) -> dict[str, str]:
+  """A launch as rows of the table."""
+  kind, versions = _devices(one), one.get("versions")
+  return {
+      "started": _date(one["time"]),
+      "devices": f"{kind['count']} × {kind['kind']}",
+      "processes": str(one.get("processes", "–")),
+      "host": f"{one.get('system', '–')}, {one.get('cores', '–')} cores",
+      "commit": str(one.get("commit") or "–"),
+      "versions": ", ".join(f"{k} {v}" for k, v in versions.items())
+      if isinstance(versions, dict) else "–",
+      "command": " ".join(map(str, one.get("command") or []))}
+
+
+def _date(seconds: float) -> str:
+  return datetime.datetime.fromtimestamp(
+      seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _duration(seconds: float) -> str:
+  if seconds < 120:
+    return f"{seconds:.0f} s"
+  minutes = round(seconds / 60)
+  return (f"{minutes} min" if minutes < 120
+          else f"{minutes // 60} h {minutes % 60:02d} min")
+
+
+def _number(value: Any) -> str:
+  """A number to read; other things as they are."""
+  if not _is_number(value):
+    return str(value)
+  if not math.isfinite(value):
+    return "–"
+  if value == int(value) and abs(value) < 1e15:
+    return f"{int(value):,}".replace(",", " ")
+  return f"{value:.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def _draw(runs: Sequence[Run], folder: pathlib.Path) -> None:
+  """A PNG of the main curves of every stage."""
+  for stage in dict.fromkeys(s for run in runs for s in run.curves):
+    titles = {name: name for name in _MAIN if stage != "evaluate" and any(
+        name in run.curves.get(stage, {}) for run in runs)}
+    if titles:
+      plots.curves(folder / f"{stage}.png", {
+          run.name: {name: dict(zip(curve.steps.tolist(),
+                                    curve.values.tolist()))
+                     for name, curve in run.curves.get(stage, {}).items()
+                     if name in titles} for run in runs}, titles)
