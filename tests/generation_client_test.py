@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
+import os
 import pathlib
 import random
 import signal
@@ -364,14 +365,17 @@ def ask_as_a_client(port, i, kind, body):
 @pytest.mark.skipif(
     not pathlib.Path("/proc/net/tcp").exists(), reason="needs Linux")
 def test_a_process_listens_to_this_machine_alone(process):
+  """All of its sockets, not only the one that is served."""
+  proc = pathlib.Path("/proc", str(process.process.pid))
+  mine = {os.readlink(place) for place in (proc / "fd").iterdir()}
   listening = set()
   for name in ("tcp", "tcp6"):
-    for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
-      local, state = line.split()[1], line.split()[3]
-      host, port = local.split(":")
-      if state == "0A" and int(port, 16) == process.port:
-        listening.add(host)
-  assert listening == {"0100007F"}  # 127.0.0.1
+    for line in (proc / "net" / name).read_text().splitlines()[1:]:
+      words = line.split()
+      host, port = words[1].split(":")
+      if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+        listening.add((host, int(port, 16)))
+  assert listening == {("0100007F", process.port)}  # 127.0.0.1
 
 
 def test_200_clients_get_what_the_service_gives(model, process):

@@ -2,7 +2,9 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
+import hmac
 import http.client
 import json
 import random
@@ -11,12 +13,12 @@ import threading
 
 import numpy as np
 import pytest
+import request_cases
 import serve_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serve_cases import LENGTH, POSITIONS, Served, answer_of, send, wait_for
 
-from mcpo_jax import errors
 from mcpo_jax.generation import requests, transport, worker
 from mcpo_jax.generation.sampling import Sampling
 
@@ -279,34 +281,33 @@ def test_bad_messages_are_refused_and_not_repeated(served, messages):
   assert "QUOKKA" not in json.dumps(got)
 
 
-def json_values():
-  simple = st.one_of(
-      st.none(), st.booleans(), st.integers(), st.integers(0, 300),
-      st.floats(allow_nan=False, allow_infinity=False), st.text(max_size=5),
-      st.sampled_from(["user", "assistant", "the cup", "\ud800", "<|eos|>"]))
-  return st.recursive(
-      simple, lambda inner: st.one_of(
-          st.lists(inner, max_size=3), st.dictionaries(
-              st.sampled_from(["role", "content", "a"]), inner, max_size=3)),
-      max_leaves=6)
+# See `request_cases`: a randomness that hypothesis can shrink.
+rngs = functools.partial(st.randoms, use_true_random=False)
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.data(), st.booleans())
-def test_whatever_is_asked_is_understood_or_refused(data, chat):
-  limits = requests.Limits(POSITIONS, LENGTH, 300, 64, Sampling(), "policy")
-  names = st.sampled_from(sorted(requests._FIELDS[chat]))
-  body = data.draw(st.dictionaries(names, json_values(), max_size=4))
-  if data.draw(st.booleans()):
-    body |= {"messages": [{"role": "user", "content": "a"}]} if chat else {
-        "prompt": [7, 8]}
-  body = requests.parse_json(json.dumps(body).encode())
-  try:
-    ask = requests.parse(body, serve_cases.tokenizer(), limits, chat=chat)
-  except errors.ServiceError as e:
-    assert e.slug.startswith("request.") and e.where
-  else:
-    assert 0 < ask.num_samples <= 64 and ask.sampling.max_new_tokens <= LENGTH
+@settings(max_examples=200, deadline=None)
+@given(rng=rngs(), chat=st.booleans())
+def test_whatever_is_asked_is_understood_or_refused(rng, chat):
+  path = CHAT if chat else COMPLETIONS
+  request_cases.check_body(request_cases.body(rng, path), path)
+
+
+@settings(max_examples=200, deadline=None)
+@given(rng=rngs())
+def test_whatever_is_sent_is_answered_or_refused(fuzzed, rng):
+  """500 would be a fault of the server."""
+  sent = request_cases.message(rng)
+  status = request_cases.status_of(fuzzed.port, sent)
+  assert status in (None, 200) or 400 <= status < 500, sent
+
+
+@pytest.fixture(scope="module")
+def fuzzed():
+  one = Served()
+  yield one
+  assert one.ask(COMPLETIONS, ADDRESS)[0] == 200
+  wait_for(lambda: not one.worker._taken)
+  one.close()
 
 
 @pytest.mark.parametrize("body, headers, status, slug", [
@@ -316,6 +317,7 @@ def test_whatever_is_asked_is_understood_or_refused(data, chat):
     ("[1]", {}, 400, "request.object"),
     ('{"n": ' + "9" * 5000 + "}", {}, 400, "request.json"),
     (b'{"prompt": "\xff"}', {}, 400, "request.json"),
+    ('{"n": 1, "n": 2, "prompt": "a"}', {}, 400, "request.json"),
     ("a: 1", {"content_type": "application/yaml"}, 415, "request.media_type"),
     (b"\x80\x04.", {"content_type": "application/octet-stream"}, 415,
      "request.media_type"),
@@ -378,6 +380,21 @@ def test_g1_a_wrong_token_gets_no_hint(served, token):
   missing = served.ask("/v1/models", authorization=None)
   assert status == 401 and got == missing[1]
   assert headers["www-authenticate"] == "Bearer"
+
+
+def test_g1_the_token_is_compared_in_constant_time(served, monkeypatch):
+  """By one call for a right, a wrong, a short and no token alike."""
+  compared, real = [], hmac.compare_digest
+  monkeypatch.setattr(transport.hmac, "compare_digest", lambda a, b: (
+      compared.append(len(a)), real(a, b))[1])
+  for token, status in ((f"Bearer {serve_cases.TOKEN}", 200), ("Bearer x", 401),
+                        ("B", 401), (None, 401)):
+    assert served.ask("/v1/models", authorization=token)[0] == status
+  assert compared == [len("Bearer ") + len(serve_cases.TOKEN), 8, 1, 0]
+
+
+def test_health_says_nothing_of_the_model_or_of_paths(served):
+  assert served.ask("/healthz", authorization=None)[1] == {"status": "ok"}
 
 
 def test_unknown_paths_and_methods_are_refused_with_a_slug(served):
@@ -540,6 +557,12 @@ def test_g10_weights_are_replaced_whole_or_not_at_all(own, tmp_path):
   assert served.engine.version == 3 and served.worker.sha256 == good["sha256"]
   assert served.ask("/v1/weights", good)[0] == 200  # the same ones again
   assert served.metrics()["mcpo_weight_updates_total"] == 1
+  for version in (2, 4):  # G9: an older one, a newer one
+    status, got, _ = served.ask(
+        COMPLETIONS, ADDRESS | {"require_version": version})
+    assert (status, got["slug"]) == (409, "service.version")
+    assert (got["got"], got["want"]) == (3, version)
+  assert served.ask(COMPLETIONS, ADDRESS | {"require_version": 3})[0] == 200
   older = weights(tmp_path, 1, replaces=3)
   assert served.ask("/v1/weights", older)[0] == 200
   assert served.ask("/v1/models")[1]["data"][0]["policy_version"] == 1

@@ -2,6 +2,8 @@
 
 import contextlib
 import pathlib
+import random
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 import training_cases as cases
 from jax import monitoring
+from jax._src import compilation_cache
+from jax.experimental.compilation_cache import compilation_cache as cache
 
 from mcpo_jax import devices
 from mcpo_jax.training import performance, setup, update
@@ -107,3 +111,36 @@ def test_programs_are_kept_where_the_user_says_or_in_the_cache(own):
     assert jax.config.jax_compilation_cache_dir == (own or "/cache/programs")
   finally:
     jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_f28_a_damaged_program_is_compiled_again_with_a_warning(
+    tmp_path, monkeypatch):
+  """Also where zstandard is installed, whose frames would have no checksum."""
+  before = jax.config.jax_compilation_cache_dir
+  monkeypatch.setattr(compilation_cache, "zstandard", None)
+  monkeypatch.setattr(compilation_cache, "zstd", mock.Mock(
+      compress=lambda data: data, decompress=lambda data: data))
+  x = np.arange(6.0).reshape(2, 3)
+  want, rng = np.tanh(x @ x.T), random.Random(0)
+  damages = [lambda data: b"", lambda data: data[:-9]]
+  for _ in range(12):
+    at, bit = rng.random(), 1 << rng.randrange(8)
+    damages.append(lambda data, at=int(at * 3000), bit=bit: (
+        data[:at] + bytes([data[at] ^ bit]) + data[at + 1:]))
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    setup.keep_programs(tmp_path)
+    cache.reset_cache()
+    run = lambda: np.asarray(jax.jit(lambda x: jax.numpy.tanh(x @ x.T))(x))
+    np.testing.assert_allclose(run(), want, rtol=1e-5)
+    [file] = (tmp_path / "programs").glob("*lambda*-cache")
+    whole = file.read_bytes()
+    assert len(whole) > 3000
+    for damage in damages:
+      file.write_bytes(damage(whole))
+      jax.clear_caches()
+      with pytest.warns(UserWarning, match="persistent compilation cache"):
+        np.testing.assert_allclose(run(), want, rtol=1e-5)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+    cache.reset_cache()

@@ -80,22 +80,22 @@ def test_numbers_of_any_kind_are_taken(reply):
   np.testing.assert_array_equal(scores, [1.0, 0.5, 1.0])
 
 
-@pytest.mark.parametrize("reply, slug", [
-    (None, "reward.none"),
-    ([1.0, None, 0.0], "reward.none"),
-    ([1.0, 2.0], "reward.length"),
-    ([1.0, 2.0, 3.0, 4.0], "reward.length"),
-    ([], "reward.length"),
-    (np.float32(1.0), "reward.length"),
-    ([1.0, float("nan"), 0.0], "reward.non_finite"),
-    ([1.0, 0.0, float("-inf")], "reward.non_finite"),
-    (np.array([1.0, np.nan, 0.0]), "reward.non_finite"),
-    (["1", "0", "1"], "reward.type"),
-    ("110", "reward.type"),
-    ([[1.0], [2.0], [3.0]], "reward.type"),
-    (1.0, "reward.type"),
+@pytest.mark.parametrize("row, reply, slug", [
+    ("R1", None, "reward.none"),
+    ("R1", [1.0, None, 0.0], "reward.none"),
+    ("R2", [1.0, 2.0], "reward.length"),
+    ("R2", [1.0, 2.0, 3.0, 4.0], "reward.length"),
+    ("R2", [], "reward.length"),
+    ("R2", np.float32(1.0), "reward.length"),
+    ("R3", [1.0, float("nan"), 0.0], "reward.non_finite"),
+    ("R3", [1.0, 0.0, float("-inf")], "reward.non_finite"),
+    ("R3", np.array([1.0, np.nan, 0.0]), "reward.non_finite"),
+    ("type", ["1", "0", "1"], "reward.type"),
+    ("type", "110", "reward.type"),
+    ("type", [[1.0], [2.0], [3.0]], "reward.type"),
+    ("type", 1.0, "reward.type"),
 ])
-def test_wrong_replies_are_refused_by_their_slug(reply, slug):
+def test_wrong_replies_are_refused_by_their_slug(row, reply, slug):
   with pytest.raises(errors.ServiceError) as e:
     functions.score(lambda **_: reply, ["secret"] * 3, ["c"] * 3)
   assert e.value.slug == slug and "secret" not in str(e.value)
@@ -270,6 +270,7 @@ class Scorer(http.server.BaseHTTPRequestHandler):
     changes = {
         "short": {"scores": scores[1:]}, "nameless": {"ids": None},
         "others": {"ids": [i + 1 for i in ids]},
+        "twice": {"ids": [0] * len(ids)},
         "nan": {"scores": [float("nan")] * len(ids)},
         "null": {"scores": [None] * len(ids)},
     }.get(mode, {})
@@ -298,7 +299,8 @@ def impatient(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["right", "shuffled", "busy"])
-def test_a_remote_scorer_is_asked_until_it_answers(server, impatient, mode):
+def test_r5_a_remote_scorer_is_asked_until_it_answers_in_any_order(
+    server, impatient, mode):
   reward = functions.load_reward(
       "remote", url=f"{server}/{mode}", timeout_s=5.0, path=None)
   got = functions.score(reward, ["p", "q"], ["abc", "d"], extra=[1, 2])
@@ -308,13 +310,15 @@ def test_a_remote_scorer_is_asked_until_it_answers(server, impatient, mode):
     assert [n for k, n in Scorer.seen.items() if k[0] == "keys"] == [2]
 
 
-@pytest.mark.parametrize("mode, slug", [
-    ("short", "reward.length"), ("nameless", "reward.order"),
-    ("others", "reward.order"), ("nan", "reward.non_finite"),
-    ("null", "reward.none"), ("slow", "reward.unreachable"),
-    ("refuses", "reward.failed"), ("html", "reward.failed"),
+@pytest.mark.parametrize("row, mode, slug", [
+    ("R1", "null", "reward.none"), ("R2", "short", "reward.length"),
+    ("R3", "nan", "reward.non_finite"), ("R4", "slow", "reward.unreachable"),
+    ("R5", "nameless", "reward.order"), ("R5", "others", "reward.order"),
+    ("R5", "twice", "reward.order"),
+    ("status", "refuses", "reward.failed"), ("JSON", "html", "reward.failed"),
 ])
-def test_a_wrong_answer_never_becomes_a_score(server, impatient, mode, slug):
+def test_a_wrong_answer_never_becomes_a_score(
+    server, impatient, row, mode, slug):
   reward = remote.make_remote(
       f"{server}/{mode}", timeout_s=0.2 if mode == "slow" else 5.0)
   with pytest.raises(errors.ServiceError) as e:

@@ -184,7 +184,7 @@ def test_a_damaged_round_is_made_again_where_its_weights_are_here(tmp_path):
   assert e.value.slug == "ckpt.missing_data" and "000001" in e.value.where
 
 
-def test_a_round_of_ties_ends_the_run(tmp_path):
+def test_r6_a_round_of_ties_ends_the_run(tmp_path):
   with pytest.raises(errors.ServiceError) as e:
     walk(make(tmp_path, Fake(tied=(1,))), 0, 6)
   assert e.value.slug == "reward.tie" and e.value.where == "round 1"

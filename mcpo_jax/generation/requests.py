@@ -192,10 +192,17 @@ def parse_json(body: bytes) -> dict[str, Any]:
   def constant(name):
     raise ValueError(f"{name} is no JSON")
 
+  def different(pairs):
+    if len(found := dict(pairs)) < len(pairs):
+      raise ValueError("one of the two would be ignored")
+    return found
+
   try:
-    value = json.loads(body, parse_constant=constant)
+    value = json.loads(
+        body, parse_constant=constant, object_pairs_hook=different)
   except (ValueError, RecursionError):
-    raise refuse("body", "the body is no JSON", kind="json") from None
+    raise refuse("body", "the body is no JSON, or has one name twice",
+                 kind="json") from None
   if not isinstance(value, dict):
     raise refuse("body", "the body is no JSON object", kind="object")
   return value

@@ -1,12 +1,16 @@
 """Where metrics go: metrics.jsonl always, TensorBoard and W&B if asked.
 
-A sink that fails is dropped with one warning; training goes on. Of several
-processes the first alone has sinks.
+A sink that fails is dropped with one warning; training goes on. The file is
+tried again: rows that a full disk refused are written when there is room. Of
+several processes the first alone has sinks.
 """
 
+import collections
+import contextlib
 import hashlib
 import json
 import math
+import os
 import pathlib
 import time
 from typing import Any
@@ -14,6 +18,8 @@ from typing import Any
 from absl import logging
 
 from mcpo_jax import commit, hosts
+
+_UNWRITTEN_ROWS = 10_000  # kept for a disk that has no room
 
 
 def one_line(values: dict[str, Any]) -> str:
@@ -31,6 +37,7 @@ class Writer:
                wandb: bool = False):
     self.path = pathlib.Path(workdir) / "metrics.jsonl"
     self._sinks = {}
+    self._unwritten = collections.deque(maxlen=_UNWRITTEN_ROWS)
     if not hosts.is_first():
       return
     self._sinks["metrics.jsonl"] = self._write_line
@@ -73,21 +80,42 @@ class Writer:
   def _write_line(self, stage, step, values) -> None:
     row = {"stage": stage, "step": step, "time": round(time.time(), 3)} | {
         k: v if math.isfinite(v) else None for k, v in values.items()}
-    with open(self.path, "a") as file:
-      file.write(json.dumps(row) + "\n")
+    waited = len(self._unwritten)
+    self._unwritten.append(json.dumps(row) + "\n")
+    size = self.path.stat().st_size if self.path.exists() else 0
+    try:
+      with open(self.path, "a") as file:
+        file.write("".join(self._unwritten))
+    except OSError as e:
+      with contextlib.suppress(OSError):
+        os.truncate(self.path, size)  # no half row
+      if not waited:
+        logging.warning("metrics.jsonl waits from step %d: %s", step, e)
+      return
+    self._unwritten.clear()
+    if waited:
+      logging.warning("metrics.jsonl has the %d rows that waited", waited)
 
 
 def _tensorboard_sink(workdir: pathlib.Path):
-  import tensorboardX
+  # Its SummaryWriter writes from a thread, and waits for ever when that has
+  # died of a full disk.
+  from tensorboardX import summary
+  from tensorboardX.event_file_writer import EventsWriter
+  from tensorboardX.proto.event_pb2 import Event
 
   writers = {}
 
   def write(stage, step, values):
     if stage not in writers:
-      writers[stage] = tensorboardX.SummaryWriter(
-          str(workdir / "tensorboard" / stage))
+      folder = workdir / "tensorboard" / stage
+      folder.mkdir(parents=True, exist_ok=True)
+      writers[stage] = EventsWriter(str(folder / "events"))
+    event = Event(wall_time=time.time(), step=step)
     for name, value in values.items():
-      writers[stage].add_scalar(name, value, step)
+      event.summary.MergeFrom(summary.scalar(name, value))
+    writers[stage].write_event(event)
+    writers[stage].flush()
 
   return write
 

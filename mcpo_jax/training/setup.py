@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from jax._src import compilation_cache  # its compression has no public switch
 
 from mcpo_jax import (
     commit,
@@ -104,7 +105,13 @@ def open_run(
 
 def keep_programs(cache: pathlib.Path) -> None:
   """Has compiled programs kept in the cache for later runs, unless the user's
-  environment names a place for them (JAX_COMPILATION_CACHE_DIR) already."""
+  environment names a place for them (JAX_COMPILATION_CACHE_DIR) already.
+
+  zlib's checksum makes JAX warn of a damaged program and compile it again.
+  JAX's zstandard, which it takes where it is installed, has none: a flipped
+  bit there is run, and mostly kills the process.
+  """
+  compilation_cache.zstandard = compilation_cache.zstd = None
   if jax.config.jax_compilation_cache_dir is None:
     jax.config.update("jax_compilation_cache_dir", str(cache / "programs"))
 
