@@ -180,6 +180,8 @@ def get_config() -> ml_collections.ConfigDict:
   data.think = "keep"
   # Set bad rows aside in quarantine.jsonl instead of stopping at them.
   data.quarantine = False
+  # Whether quarantine.jsonl also holds the text of those rows.
+  data.quarantine_text = False
   # Share of quarantined rows above which the run stops all the same.
   data.max_quarantined_share = 0.001
   # Token slots of one packed stream; holds a longest prompt and completion.

@@ -114,6 +114,7 @@ KEYS: dict[str, Setting] = {
         choices=("error", "skip", "truncate")),
     "data.think": Setting(choices=("keep", "strip", "mask")),
     "data.quarantine": _FLAG,
+    "data.quarantine_text": _FLAG,
     "data.max_quarantined_share": Setting(low=0.0, high=1.0),
     "data.stream_length": Setting(low=8),
     "data.num_streams": or_none(_COUNT),

@@ -31,7 +31,7 @@ from mcpo_jax.config_keys import (
 )
 from mcpo_jax.registry import REWARDS, STRATEGIES, Setting
 
-CONFIG_VERSION = 2
+CONFIG_VERSION = 3
 
 # Tokens of Hugging Face, OpenAI-like services and GitHub; a Weights & Biases
 # key is 40 hex digits, as a commit is.
@@ -240,6 +240,10 @@ def _check_run(config) -> list[errors.McpoError]:
     found.append(errors.ConfigError(
         "config.unused", "patience needs held-out data",
         where="evaluation.patience", hint="set data.eval_path"))
+  if config["data"]["quarantine_text"] and not config["data"]["quarantine"]:
+    found.append(errors.ConfigError(
+        "config.unused", "no row is set aside", where="data.quarantine_text",
+        got=True, want="data.quarantine=True beside it"))
   preferred, top_k = config["data"]["preferred"], config["data"]["top_k"]
   if (preferred == "top_k") != (top_k is not None):
     found.append(errors.ConfigError(

@@ -212,6 +212,8 @@ ROWS = [
             "config.unused", "objective.gamma_beta_ratio"),
     refused("C11 revision", set_("data.revision=main"), "config.unused",
             "data.revision"),
+    refused("C11 text", set_("data.quarantine_text=true"), "config.unused",
+            "data.quarantine_text"),
     refused("C11 override", read_back("{}", "--config.seed=1"),
             "config.unused", "seed"),
     refused("C13 model", config_file(beside="model.safetensors"),

@@ -10,7 +10,9 @@ To add rows, append to TABLE; `where` must occur in the error's `where`.
 """
 
 import contextlib
+import errno
 import gzip
+import hashlib
 import json
 import os
 import pathlib
@@ -530,26 +532,63 @@ def test_messages_never_hold_text_of_prompts_or_completions(tmp_path):
 
 
 def test_quarantine_lists_bad_rows_and_loses_none(tmp_path):
-  lines = [PAIR | {"prompt": str(i)} for i in range(8)]
+  lines = [PAIR | {"prompt": str(i), "prompt_id": str(i)} for i in range(9)]
   lines[3] = PAIR | {"chosen": None}
   lines[5] = "{"
-  listed = tmp_path / "out" / "quarantine.jsonl"
-  use = _read(*lines, quarantine_path=listed, max_quarantined_share=0.25)
-  store = use(tmp_path)()
-  rows = [json.loads(line) for line in listed.read_text().splitlines()]
-  assert [(r["line"], r["slug"]) for r in rows] == [
-      ("4", "data.field_type"), ("6", "data.json")]
-  assert all(len(r["sha256"]) == 64 for r in rows)
-  report = store.report
-  assert report["rows_in"] == 8 == report["rows_used"] + report[
-      "rows_quarantined"] + report["rows_skipped"]
-  assert "prompt" not in listed.read_text()
+  lines[7]["prompt_id"] = "6"
+  raw = [x if isinstance(x, str) else json.dumps(x) for x in lines]
+  for text in (False, True):  # the second time the store is there already
+    listed = tmp_path / "out" / "quarantine.jsonl"
+    use = _read(*lines, quarantine_path=listed, quarantine_text=text,
+                max_quarantined_share=1 / 3)
+    report = use(tmp_path)().report
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(r["line"], r["slug"]) for r in rows] == [
+        ("4", "data.field_type"), ("6", "data.json"),
+        ("8", "data.duplicate_id")]
+    for row in rows:
+      line = raw[int(row["line"]) - 1]
+      assert row["sha256"] == hashlib.sha256(line.encode()).hexdigest()
+      assert row.get("text") == (line if text else None)
+    assert report["rows_in"] == 9 == report["rows_used"] + report[
+        "rows_quarantined"] + report["rows_skipped"]
 
 
-def test_quarantine_stops_above_its_share(tmp_path):
+def test_a_row_that_is_lost_is_noticed(tmp_path, monkeypatch):
+  monkeypatch.setattr(store_lib._Writer, "add", lambda *args: None)
+  with pytest.raises(errors.DataError) as raised:
+    _read(PAIR)(tmp_path)()
+  assert raised.value.slug == "data.lost_rows"
+
+
+def test_a_full_disk_for_the_list_of_bad_rows_does_not_stop(
+    tmp_path, monkeypatch):
+  write = commit.write_file
+
+  def full(path, text):
+    if path.name == "q.jsonl":
+      raise OSError(errno.ENOSPC, "No space left on device")
+    write(path, text)
+
+  monkeypatch.setattr(commit, "write_file", full)
   lines = [PAIR | {"prompt": str(i)} for i in range(8)] + ["{"]
-  use = _read(*lines, quarantine_path=tmp_path / "q.jsonl")(tmp_path)
+  with unittest.TestCase().assertLogs("absl", "WARNING") as logs:
+    store = _read(*lines, quarantine_path=tmp_path / "q.jsonl",
+                  max_quarantined_share=0.5)(tmp_path)()
+  assert len(store) == 8 and "No space left" in logs.output[0]
+
+
+@pytest.mark.parametrize("bad, share, stops", [
+    (1, 0.1, False), (1, 0.0999, True), (2, 0.1, True), (0, 0.0, False)])
+def test_quarantine_stops_above_its_share(tmp_path, bad, share, stops):
+  lines = [PAIR | {"prompt": str(i)} for i in range(10 - bad)] + ["{"] * bad
+  use = _read(*lines, quarantine_path=tmp_path / "q.jsonl",
+              max_quarantined_share=share)(tmp_path)
+  if not stops:
+    assert use().report["rows_quarantined"] == bad
+    return
   with pytest.raises(errors.DataError) as raised:
     use()
   assert raised.value.slug == "data.quarantine"
+  assert raised.value.got == f"{bad} of 10"
   assert not (tmp_path / "q.jsonl").exists()

@@ -1,6 +1,7 @@
 """The store: keyed by content, whole or not there, the same when reopened."""
 
 import json
+import os
 import shutil
 import tracemalloc
 
@@ -126,7 +127,9 @@ def test_a_damaged_store_is_made_again(tok, tmp_path, path):
   [folder] = (tmp_path / "cache").iterdir()
   for damage in (lambda: (folder / "tokens.bin").write_bytes(b"1234"),
                  lambda: (folder / "manifest.json").unlink(),
-                 lambda: (folder / "score.bin").unlink()):
+                 lambda: (folder / "score.bin").unlink(),
+                 lambda: (folder / "score.bin").write_bytes(bytes(len(
+                     (folder / "score.bin").read_bytes())))):
     damage()
     again = build(tok, tmp_path, path)
     for i, one in enumerate(wanted):
@@ -144,6 +147,46 @@ def test_a_build_that_dies_leaves_nothing_that_counts(
       build(tok, tmp_path, path)
   assert not list((tmp_path / "cache").iterdir())
   assert len(build(tok, tmp_path, path)) == len(ROWS)
+
+
+@pytest.mark.parametrize("change", ["replaced", "cut", "longer", "removed"])
+def test_a_file_that_changes_while_it_is_read_makes_no_store(
+    tok, tmp_path, path, monkeypatch, change):
+  tokenise = store_lib._tokenise
+  file = tmp_path / "x.jsonl"
+
+  def first_changes(record, *args):
+    if record.prompt_id == "p0":
+      if change == "replaced":
+        write(tmp_path / "new", ROWS[::-1])
+        (tmp_path / "new").replace(file)
+      elif change == "cut":  # between two rows: no JSON is damaged
+        os.truncate(file, file.read_bytes().index(b"\n") + 1)
+      elif change == "longer":
+        with open(file, "a") as stream:
+          stream.write(json.dumps(ROWS[1] | {"prompt_id": "p9"}) + "\n")
+      else:
+        file.unlink()
+    return tokenise(record, *args)
+
+  monkeypatch.setattr(store_lib, "_tokenise", first_changes)
+  with pytest.raises(errors.DataError) as caught:
+    build(tok, tmp_path, path)
+  assert caught.value.slug == (
+      "data.no_files" if change == "removed" else "data.changed")
+  assert "x.jsonl" in caught.value.where
+  assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_store_that_is_open_needs_neither_its_files_nor_its_folder(
+    tok, tmp_path, path):
+  store = build(tok, tmp_path, path)
+  before = [store.candidate_set(i) for i in range(len(store))]
+  (tmp_path / "x.jsonl").write_text("{")
+  shutil.rmtree(tmp_path / "cache")
+  for i, one in enumerate(before):
+    same(one, store.candidate_set(i))
+    assert store.columns(i)["extra"] == i
 
 
 def test_weights_repeat_and_subsample_the_same_rows_every_time(tok, tmp_path):

@@ -257,11 +257,12 @@ def _json_rows(file, first_types, counts) -> Iterator[Row]:
 
 def _plain_row(where: str, row: dict[str, Any]) -> Row:
   """A row that came typed: only its text needs a look."""
+  raw = json.dumps(row, default=str).encode()
   if field := _surrogate(row, ""):
     return Row(where, errors.DataError(
         "data.surrogate", "half a surrogate pair", where=f"{where}, {field}"),
-        b"")
-  return Row(where, row, json.dumps(row, default=str).encode())
+        raw)
+  return Row(where, row, raw)
 
 
 def _check_arrow_type(field, file) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from mcpo_jax import commit, errors
 from mcpo_jax.data import files, readers, records
@@ -183,9 +184,21 @@ def _source_digest(path: str, revision: str | None) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
   if files.is_hub_name(path):
     return f"{path}@{revision}"
-  found = [f for p in files.expand(path) for f in (
+  return "+".join(map(commit.file_sha256, _files_of(path)))
+
+
+def _files_of(path: str) -> list[pathlib.Path]:
+  return [f for p in files.expand(path) for f in (
       sorted(q for q in p.rglob("*") if q.is_file()) if p.is_dir() else [p])]
-  return "+".join(commit.file_sha256(f) for f in found)
+
+
+def _stamps(sources: list[Source]) -> dict[str, tuple[int, ...]]:
+  """What changes when somebody writes to a file or puts another in place."""
+  local = [p for p, _, _, _ in sources if not (
+      p.startswith(records.EMBEDDED) or files.is_hub_name(p))]
+  stats = {str(f): f.stat() for p in local for f in _files_of(p)}
+  return {name: (s.st_ino, s.st_size, s.st_mtime_ns)
+          for name, s in stats.items()}
 
 
 def _check_sources(sources: list[Source]) -> None:
@@ -393,15 +406,15 @@ def _load_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _open(folder: pathlib.Path, key: str) -> Store | None:
-  """The store in a folder, or None if it is not whole."""
-  try:
-    manifest = json.loads((folder / commit.MANIFEST).read_text())
-    sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    if any((folder / n).stat().st_size != size for n, size in sizes.items()):
-      return None
-  except (OSError, ValueError, KeyError):
+  """The store in a folder, or None if it is not there or damaged."""
+  if not folder.exists():
     return None
-  return Store(key, manifest["meta"]["report"], _load_arrays(folder),
+  try:
+    meta = commit.verify(folder)
+  except errors.CheckpointError as e:
+    logging.warning("the tokenised data are made anew: %s", e)
+    return None
+  return Store(key, meta["report"], _load_arrays(folder),
                _map(folder / "columns.jsonl", "|u1"))
 
 
@@ -457,6 +470,7 @@ def build_store(
     think: str | None = None,
     vocab_size: int | None = None,
     quarantine_path: str | os.PathLike[str] | None = None,
+    quarantine_text: bool = False,
     max_quarantined_share: float = 0.001,
     prompts_only: bool = False,
 ) -> Store:
@@ -478,6 +492,7 @@ def build_store(
     vocab_size: ids must be below it; None for the tokenizer's.
     quarantine_path: file that bad rows are listed in (file, line, slug, sha256
       of the row as it was read); None stops at them.
+    quarantine_text: whether that file also holds the rows' text.
     max_quarantined_share: of all rows; above it the build stops.
     prompts_only: prompts are what is wanted, so a row may have nothing else.
 
@@ -486,7 +501,8 @@ def build_store(
 
   Raises:
     DataError or ErrorGroup: bad rows, missing or damaged files,
-      data.duplicate_id, data.quarantine (too many), data.too_small (none left).
+      data.duplicate_id, data.quarantine (too many), data.too_small (none
+      left), data.changed (a file, while it was read).
     ConfigError: config.range.
   """
   choices = {
@@ -508,6 +524,7 @@ def build_store(
   if think is not None:
     tokenizer = dataclasses.replace(tokenizer, think=think)
   vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+  stamps = _stamps(sources)
   limits = Limits(max_prompt_length, max_completion_length, max_length,
                   prompt_overlength, completion_overlength)
   quarantine = quarantine_path is not None
@@ -526,15 +543,42 @@ def build_store(
       meta["report"] = _build(temporary, sources, tokenizer, limits,
                               vocab_size, quarantine, max_quarantined_share,
                               prompts_only)
+      after = _stamps(sources)
+      for name in stamps:
+        if stamps[name] != after.get(name):
+          raise errors.DataError(
+              "data.changed", "the file changed while it was read", where=name,
+              hint="start again when nobody writes to it")
 
     shutil.rmtree(folder, ignore_errors=True)  # damaged, if there at all
     commit.write_folder(folder, write, meta)
     store = _open(folder, key)
   if quarantine:
     listed = (folder / "quarantine.jsonl").read_text()
-    pathlib.Path(quarantine_path).parent.mkdir(parents=True, exist_ok=True)
-    commit.write_file(pathlib.Path(quarantine_path), listed)
+    if quarantine_text and listed:
+      listed = _with_text(listed, sources)
+    try:
+      pathlib.Path(quarantine_path).parent.mkdir(parents=True, exist_ok=True)
+      commit.write_file(pathlib.Path(quarantine_path), listed)
+    except OSError as e:  # a full disk, say: no reason to stop
+      logging.warning("the quarantined rows are not listed: %s", e)
   return store
+
+
+def _with_text(listed: str, sources: list[Source]) -> str:
+  """The lines of a quarantine file with the text of their rows."""
+  rows = [json.loads(line) for line in listed.splitlines()]
+  raw = _raw_rows(sources, {f"{row['file']}:{row['line']}" for row in rows})
+  return "".join(json.dumps(row | {"text": raw[
+      f"{row['file']}:{row['line']}"].decode(errors="replace")}) + "\n"
+                 for row in rows)
+
+
+def _raw_rows(sources: list[Source], wanted: set[str]) -> dict[str, bytes]:
+  """The bytes that some rows were read from, by their "file:line"."""
+  return {where: raw for path, format, _, revision in sources
+          for where, _, raw in records.scan(
+              path, format=format, revision=revision) if where in wanted}
 
 
 def _build(
@@ -589,16 +633,16 @@ def _build(
     arrays = _load_arrays(folder)
     lines = _map(folder / "columns.jsonl", "|u1")
     wrong, again = _duplicates(arrays)
-    for row in wrong:
-      start, stop = arrays["columns_start"][row : row + 2]
-      raw = lines[start:stop].tobytes()
-      where = json.loads(raw)["where"]
+    places = [json.loads(lines[slice(*arrays["columns_start"][
+        row : row + 2])].tobytes())["where"] for row in wrong]
+    raw = _raw_rows(sources, set(places)) if places and quarantine else {}
+    for where in places:
       error = errors.DataError(
           "data.duplicate_id", "the prompt_id stands in an earlier row",
           where=f"{where}, prompt_id",
           hint="give every prompt an id of its own")
       if quarantine:
-        reject(error, where, raw)
+        reject(error, where, raw[where])
       else:
         found.append(error)
     records.raise_errors(found)
@@ -609,6 +653,12 @@ def _build(
           got=f"{counts['rows_quarantined']} of {counts['rows_in']}",
           want=f"a share of at most {max_share}")
     keep = np.setdiff1d(np.arange(writer.rows), wrong)
+    known = len(keep) + counts["rows_quarantined"] + counts["rows_skipped"]
+    if counts["rows_in"] != known:
+      raise errors.DataError(
+          "data.lost_rows", "rows are neither used nor listed, which is a bug",
+          where=", ".join(p for p, _, _, _ in sources), got=known,
+          want=counts["rows_in"])
     if not len(keep):
       raise errors.DataError(
           "data.too_small", "no row is left",

@@ -387,6 +387,7 @@ def open_store(
         think=data["think"],
         quarantine_path=(run.workdir / f"quarantine_{name}.jsonl"
                          if data["quarantine"] else None),
+        quarantine_text=data["quarantine_text"],
         max_quarantined_share=data["max_quarantined_share"],
         prompts_only=prompts_only, cache_dir=run.cache / "data")
 
