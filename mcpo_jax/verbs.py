@@ -9,6 +9,7 @@ from absl import logging
 
 from mcpo_jax import commit, errors, hosts, settings
 from mcpo_jax.data import audit as audit_lib
+from mcpo_jax.evaluation import report as report_lib
 from mcpo_jax.stages import evaluate as evaluate_stage
 from mcpo_jax.stages import export as export_stage
 from mcpo_jax.stages import generate as generate_stage
@@ -122,8 +123,6 @@ def flat_audit(report: dict[str, Any]) -> dict[str, Any]:
 def write_report(run: setup.Run) -> None:
   """The page of a run, with its data report, which runs of the same data
   share. The run is done: what goes wrong here is told and ends nothing."""
-  from mcpo_jax.evaluation import report  # a second, which training saves
-
   stores = pools.open_preference_stores(run)
   if hosts.is_first():
     key = setup.digest(sorted(data.key for data, _ in stores.values()))
@@ -134,7 +133,7 @@ def write_report(run: setup.Run) -> None:
         commit.write_file(path, json.dumps(audit_data(run.config)))
       write_summary(run.workdir, flat_audit(json.loads(path.read_text())))
       out = run.workdir / "report.html"
-      report.write_report([run.workdir], out)
+      report_lib.write_report([run.workdir], out, pictures=False)
       logging.info("report: %s", out)
     except Exception as e:
       logging.warning("there is no report: %s: %s", type(e).__name__, e)

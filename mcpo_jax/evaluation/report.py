@@ -8,6 +8,7 @@ reads
                                      them
   metrics.jsonl, launches.jsonl      curves; time, devices and versions
   STAGE/result.json, manifest.json   whether a stage has finished
+  evaluate/evaluation.json           models side by side, as `tables` has it
   evaluate/samples.json              completions before and after
   preference/samples.jsonl           the same while it was training
   preference/candidates.jsonl        rows of `explorer`
@@ -29,11 +30,11 @@ import jinja2
 import numpy as np
 
 from mcpo_jax import commit, devices, errors, settings
-from mcpo_jax.evaluation import explorer, plots
+from mcpo_jax.evaluation import explorer, tables
 
 MAX_BYTES = 3_000_000
 _NUMBERS = 120_000  # of all curves, 7 bytes each
-_POINTS = (40, 400)  # of a curve: at least, at most
+_POINTS = (40, 300)  # of a thinned curve: at least, at most
 _CANDIDATE_BYTES = 1_000_000
 _SHOWN = 12  # prompts with completions
 _TEXT = 3000  # characters of a prompt or completion
@@ -81,9 +82,11 @@ class Run(NamedTuple):
   curves: dict[str, dict[str, Curve]]  # stage -> metric -> curve
   times: list[tuple[float, str]]  # Unix seconds and stage of the rows
   launches: list[dict[str, Any]]
+  evaluation: dict[str, Any]  # as `tables` has it, or {}
   samples: dict[str, list[dict[str, Any]]]  # how drawn -> rows
   progress: list[dict[str, Any]]  # rows of preference/samples.jsonl
   candidates: list[str]  # rows as JSON
+  left_out: str  # of the candidates
   notes: list[str]
 
 
@@ -92,14 +95,16 @@ def write_report(
     out: pathlib.Path,
     *,
     price: float | None = None,
+    pictures: bool = True,
 ) -> None:
-  """Writes the page, and the main curves as PNG in a folder beside it.
+  """Writes the page.
 
   Args:
     workdirs: of the runs; of several the page opens with how their configs
       differ, and their curves lie over each other.
     out: of the page, replaced at once when all of it is there.
     price: of a chip for an hour, in whatever currency.
+    pictures: the main curves as PNG too, in a folder beside the page.
 
   Raises:
     CheckpointError: ckpt.none, a workdir holds no run.
@@ -115,16 +120,17 @@ def write_report(
       title=" · ".join(run.name for run in runs), runs=runs,
       states=[_state(run) for run in runs],
       differences=_differences([run.config for run in runs]),
-      charts=charts, results=_results(runs), samples=_samples(runs),
-      explorer={"page": explorer.PAGE.read_text("utf-8"),
-                "rows": [run.candidates for run in runs]},
+      charts=charts, models=_models(runs), benchmarks=_benchmarks(runs),
+      results=_results(runs), samples=_samples(runs),
+      explorer=explorer.PAGE.read_text("utf-8"),
       audits=[_audit(run.summary) for run in runs],
       costs=[_cost(run, price) for run in runs], price=price,
       launches=[[_launch(one) for one in run.launches] for run in runs],
-      figures=figures.name)
+      figures=figures.name if pictures else None)
   out.parent.mkdir(parents=True, exist_ok=True)
-  commit.write_folder(
-      figures, lambda folder: _draw(runs, folder), {}, replace=True)
+  if pictures:
+    commit.write_folder(
+        figures, lambda folder: _draw(runs, folder), {}, replace=True)
   # Half a surrogate pair, which JSON can hold, is no character.
   commit.write_file(out, text.encode("utf-8", "replace").decode("utf-8"))
 
@@ -172,13 +178,20 @@ def _read_run(folder: pathlib.Path, name: str, num_runs: int) -> Run:
           folder / "evaluate/samples.json", notes).items()
       if isinstance(rows, list)}
   launches = [row for row in _read_lines(folder / "launches.jsonl", notes)
-              if isinstance(row.get("time"), int | float)]
+              if _is_number(row.get("time"))]
+  try:
+    evaluation = tables.read(folder / "evaluate") or {}
+  except errors.CheckpointError as e:
+    evaluation = {}
+    notes.append(f"evaluate/{tables.FILE}: {e.message}")
   return Run(
-      name, folder, config, summary, curves, times, launches, samples,
+      name, folder, config, summary, curves, times, launches, evaluation,
+      samples,
       [row for row in _read_lines(folder / "preference/samples.jsonl", notes)
-       if {"step", "prompt", "start", "now"} <= row.keys()],
-      _read_candidates(folder / "preference/candidates.jsonl",
-                       _CANDIDATE_BYTES // num_runs, notes),
+       if {"prompt", "start", "now"} <= row.keys()
+       and _is_number(row.get("step"))],
+      *_read_candidates(folder / "preference/candidates.jsonl",
+                        _CANDIDATE_BYTES // num_runs, notes),
       notes)
 
 
@@ -283,10 +296,10 @@ def _is_number(value: Any) -> bool:
 
 def _read_candidates(
     path: pathlib.Path, most: int, notes: list[str]
-) -> list[str]:
-  """Rows of the explorer as JSON, spread over the file, of `most` bytes."""
+) -> tuple[list[str], str]:
+  """Rows of the explorer as JSON, of `most` bytes, and which these are."""
   if not path.is_file():
-    return []
+    return [], ""
   size, rows, bad, read = path.stat().st_size, [], 0, 0
   with open(path, "rb") as file:
     lines = file if size <= most else _spread_lines(file, size, most)
@@ -303,11 +316,10 @@ def _read_candidates(
         break
   if bad:
     notes.append(f"{_short(path)}: lines that are no sets: {bad}")
-  if size > most:
-    notes.append(
-        f"of {_short(path)} ({size / 1e6:.1f} MB) {len(rows)} sets are shown, "
-        "spread over the run; candidates.html of a finished run has all")
-  return rows
+  if size <= most:
+    return rows, ""
+  return rows, (f"{len(rows)} sets, spread over the run, of {size / 1e6:.1f} "
+                "MB; candidates.html of a finished run has all")
 
 
 def _spread_lines(file, size: int, most: int) -> Iterator[bytes]:
@@ -372,13 +384,16 @@ def _charts(runs: Sequence[Run]) -> dict[str, Any]:
   Returns:
     "runs": names; "steps": lists of updates, which lines share; "stages":
     [{"name", "groups": [{"name", "panels": [index]}]}]; "panels": [{"name",
-    "unit", "lines": [[run, index in steps, values, low, high]]}], None where
-    nothing is known; low and high are the interval that was written, or what
-    lies between the points of a thinned curve.
+    "across": what goes to the right, "unit", "lines": [[run, index in steps,
+    values, low, high]]}], None where nothing is known; low and high are the
+    interval that was written, or what lies between the points of a thinned
+    curve.
   """
   grids: dict[tuple[float, ...], int] = {}
   panels, stages = [], []
-  names = list(dict.fromkeys(s for run in runs for s in run.curves))
+  # Those of the stage evaluate have no updates: they stand in the tables.
+  names = [s for s in dict.fromkeys(s for run in runs for s in run.curves)
+           if s != "evaluate"]
   found = {stage: dict.fromkeys(
       name for run in runs for name in run.curves.get(stage, {})
       if not name.endswith(("_ci95_low", "_ci95_high"))) for stage in names}
@@ -386,8 +401,6 @@ def _charts(runs: Sequence[Run]) -> dict[str, Any]:
               for stage in names for name in found[stage])
   most = min(max(_NUMBERS // max(3 * count, 1), _POINTS[0]), _POINTS[1])
   for stage in names:
-    if stage == "evaluate":  # its numbers stand in the table
-      continue
     groups: dict[str, list[int]] = {"main": []}
     order = [name for name in _MAIN if name in found[stage]]
     for name in [*order, *(n for n in found[stage] if n not in order)]:
@@ -404,12 +417,66 @@ def _charts(runs: Sequence[Run]) -> dict[str, Any]:
         groups["main"].append(len(panels))
       group = name.rpartition("/")[0] or "training"
       groups.setdefault(group, []).append(len(panels))
-      panels.append({"name": name, "unit": _unit(name), "lines": lines})
-    stages.append({"name": stage, "groups": [
+      panels.append({"name": name, "across": "update", "unit": _unit(name),
+                     "lines": lines})
+    stages.append({"name": f"Stage {stage}", "groups": [
         {"name": group, "panels": members}
         for group, members in groups.items() if members]})
+  evaluated = [panel for panel in _evaluation_panels(runs, grids)
+               if panel["lines"]]
+  if evaluated:
+    stages.append({"name": "Evaluation", "groups": [{
+        "name": "main", "panels": list(range(
+            len(panels), len(panels) + len(evaluated)))}]})
+    panels += evaluated
   return {"runs": [run.name for run in runs], "steps": list(grids),
           "stages": stages, "panels": panels}
+
+
+def _evaluation_panels(
+    runs: Sequence[Run], grids: dict[tuple[float, ...], int]
+) -> Iterator[dict[str, Any]]:
+  """Score against KL, and of the aligned models accuracy by rank and
+  calibration, in the form of `_charts`."""
+
+  def frontier(evaluation):
+    return [(_interval(one["kl"])[0], *_interval(one["score"]))
+            for one in evaluation["frontier"]]
+
+  def by_rank(evaluation):
+    found = evaluation["models"][-1]["preferences"] or {"by_rank": []}
+    return [(rank, *_interval(one["accuracy"]))
+            for rank, one in enumerate(found["by_rank"], 1)]
+
+  def calibration(evaluation):
+    found = evaluation["models"][-1]["preferences"]
+    return [(one["confidence"], one["accuracy"], None, None) for one in (
+        found["calibration"]["bins"] if found else [])]
+
+  for points_of, name, across, unit in (
+      (frontier, "score against KL", "KL to the reference, nats per sample",
+       "score"),
+      (by_rank, "accuracy by rank", "rank of the negative, 1 = best scored",
+       "share of sets"),
+      (calibration, "calibration", "probability by the implicit reward",
+       "share of pairs in the order of their scores")):
+    lines = []
+    for i, run in enumerate(runs):
+      points = sorted(point for point in (
+          points_of(run.evaluation) if run.evaluation else [])
+          if None not in point[:2])
+      if points:
+        xs, *columns = zip(*points)
+        lines.append([i, grids.setdefault(xs, len(grids)), *(
+            None if None in column else list(column) for column in columns)])
+    yield {"name": name, "across": across, "unit": unit, "lines": lines,
+           "diagonal": points_of is calibration}
+
+
+def _interval(value: dict[str, Any] | None) -> tuple[float | None, ...]:
+  """Mean, low and high of an interval of `tables`."""
+  return tuple((value or {}).get(key) for key in (
+      "mean", "ci95_low", "ci95_high"))
 
 
 def _unit(name: str) -> str:
@@ -420,14 +487,12 @@ def _unit(name: str) -> str:
 def _thin(
     curve: Curve, low: Curve | None, high: Curve | None, most: int
 ) -> tuple[list, list, list | None, list | None]:
-  """At most `most` points: steps, values, low, high.
-
-  Past that, points are means of neighbours, between their least and largest.
-  """
+  """Steps, values, low, high. More than twice `most` points become `most`:
+  means of neighbours, between the least and the largest of them."""
   whole = [curve.values] + [
       bound.values for bound in (low, high)
       if bound is not None and np.array_equal(bound.steps, curve.steps)]
-  if len(curve.steps) <= most:
+  if len(curve.steps) <= 2 * most:
     lists = [_round(values) for values in whole]
     return _round(curve.steps), *(
         lists if len(lists) == 3 else [lists[0], None, None])
@@ -455,8 +520,70 @@ def _cell(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
   bounds = [summary.get(f"{key}_ci95_{side}") for side in ("low", "high")]
   known = all(_is_number(x) and math.isfinite(x) for x in [value, *bounds])
   return {"text": _number(value), "value": value,
-          "interval": f"{_number(bounds[0])} to {_number(bounds[1])}"
-          if known else None, "bounds": bounds if known else None}
+          "interval": f"{bounds[0]:.3g} to {bounds[1]:.3g}" if known else None,
+          "bounds": bounds if known else None}
+
+
+def _models(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """Tables of the models of all evaluations, one for each way of drawing."""
+  heads = {
+      "accuracy": ("preferences", "accuracy"),
+      "margin": ("preferences", "margin"),
+      "score": ("samples", "score"),
+      "win rate": ("samples", "against", "win_rate"),
+      "ties": ("samples", "against", "tie_rate"),
+      "win rate at equal length": ("samples", "against", "lc_win_rate"),
+      "KL": ("samples", "kl"),
+      "tokens": ("samples", "length"),
+      "perplexity to the reference": ("samples", "ref_perplexity"),
+      "distinct-2": ("samples", "distinct_2"),
+      "repetition": ("samples", "repetition"),
+      "empty": ("samples", "empty_rate")}
+  out = []
+  for law in ("sampled", "greedy"):
+    rows = []
+    for i, run in enumerate(runs):
+      for model in run.evaluation.get("models", []):
+        shown = model | {"samples": (model["samples"] or {}).get(law)}
+        rows.append({"run": i, "name": model["name"], "cells": [
+            _value_cell(_reach(shown, path)) for path in heads.values()]})
+    kept = [j for j in range(len(heads))
+            if any(row["cells"][j] for row in rows)]
+    out.append({
+        "law": law, "heads": [list(heads)[j] for j in kept],
+        "rows": [row | {"cells": [row["cells"][j] for j in kept]}
+                 for row in rows],
+        "baselines": {run.evaluation["baseline"] for run in runs
+                      if run.evaluation}})
+  return [table for table in out if table["rows"]]
+
+
+def _benchmarks(runs: Sequence[Run]) -> dict[str, Any]:
+  """What judges said of exported answers."""
+  heads = {"questions": "num_questions", "win rate": "win_rate",
+           "ties": "tie_rate", "win rate at equal length": "lc_win_rate",
+           "score": "score", "characters": "mean_length"}
+  rows = [{"run": i, "name": f"{one['benchmark']} {one['benchmark_version']}",
+           "model": one["model"], "judge": one["judge"] or "–",
+           "cells": [_value_cell(one.get(key)) for key in heads.values()]}
+          for i, run in enumerate(runs)
+          for one in run.evaluation.get("benchmarks", [])]
+  return {"heads": list(heads), "rows": rows}
+
+
+def _reach(tree: Any, path: Sequence[str]) -> Any:
+  """The value at the end of a path; None where it breaks off."""
+  for key in path:
+    tree = tree.get(key) if isinstance(tree, dict) else None
+  return tree
+
+
+def _value_cell(value: Any) -> dict[str, Any] | None:
+  """A number or an interval of `tables` as text; None of nothing."""
+  if isinstance(value, dict):
+    return _cell({"x": value["mean"], "x_ci95_low": value["ci95_low"],
+                  "x_ci95_high": value["ci95_high"]}, "x")
+  return _cell({"x": value}, "x")
 
 
 def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -541,8 +668,8 @@ def _text(value: Any) -> str:
       f"{text[:_TEXT]} … ({len(text) - _TEXT} characters more)")
 
 
-def _audit(summary: dict[str, Any]) -> dict[str, dict[str, str]]:
-  """Side -> name -> text, of the keys that the verb audit writes."""
+def _audit(summary: dict[str, Any]) -> dict[str, Any] | None:
+  """The keys that the verb audit writes, a column for each side."""
   sides: dict[str, dict[str, list[str]]] = {}
   for key, value in summary.items():
     head, *path = key.split("/")
@@ -550,11 +677,17 @@ def _audit(summary: dict[str, Any]) -> dict[str, dict[str, str]]:
       side, name, *rest = path
       if isinstance(value, list):
         value = "; ".join(map(str, value)) or "none"
-      text = _number(value) if _is_number(value) else str(value)
       sides.setdefault(side, {}).setdefault(name.replace("_", " "), []).append(
-          f"{'/'.join(rest)} {text}" if rest else text)
-  return {side: {name: ", ".join(parts) for name, parts in rows.items()}
-          for side, rows in sides.items()}
+          " ".join(["/".join(rest), _number(value)]).strip())
+  overlap = sides.pop("overlap", {})
+  names = dict.fromkeys(name for rows in sides.values() for name in rows)
+  return {
+      "sides": list(sides),
+      "rows": [(name, [", ".join(rows.get(name, ["–"]))
+                       for rows in sides.values()]) for name in names],
+      "overlap": ", ".join(
+          f"{name} {''.join(texts)}" for name, texts in overlap.items()),
+  } if sides else None
 
 
 def _cost(run: Run, price: float | None) -> dict[str, Any]:
@@ -593,7 +726,7 @@ def _cost(run: Run, price: float | None) -> dict[str, Any]:
   return {
       "stages": stages, "total": _duration(sum(seconds.values())),
       "recorded": bool(run.times), "launches": len(run.launches),
-      "device_hours": _number(device_seconds / 3600),
+      "device_hours": f"{device_seconds / 3600:.3g}",
       "cost": None if price is None else _number(chip_seconds / 3600 * price)}
 
 
@@ -647,6 +780,8 @@ def _number(value: Any) -> str:
 
 def _draw(runs: Sequence[Run], folder: pathlib.Path) -> None:
   """A PNG of the main curves of every stage."""
+  from mcpo_jax.evaluation import plots  # matplotlib takes a second
+
   for stage in dict.fromkeys(s for run in runs for s in run.curves):
     titles = {name: name for name in _MAIN if stage != "evaluate" and any(
         name in run.curves.get(stage, {}) for run in runs)}
