@@ -35,8 +35,8 @@ PATIENCE_SECONDS = 6 * 3600
 _LOOK_SECONDS = 60  # after which a process that waits says so
 _LEAVE_SECONDS = 5  # for all to hear of an error
 
-_ERROR = "mcpo_jax/error"
-_HEARD = "mcpo_jax/heard"
+_ERROR = "error"
+_HEARD = "error/heard"
 
 
 class Place(NamedTuple):
@@ -45,10 +45,10 @@ class Place(NamedTuple):
   index: int = 0
   count: int = 1
   client: Any = None  # of JAX's coordination service
-  listener: threading.Thread | None = None
 
 
 _place = Place()
+_listeners: dict[str, threading.Thread] = {}  # word -> who waits for it
 _alone = False  # whether the others wait for what this process does now
 _turns = itertools.count()
 
@@ -56,6 +56,11 @@ _turns = itertools.count()
 def count() -> int:
   """How many processes there are."""
   return _place.count
+
+
+def index() -> int:
+  """Which of them this is, from 0."""
+  return _place.index
 
 
 def is_first() -> bool:
@@ -92,10 +97,8 @@ def join() -> None:
         "hosts.join", str(e).split("\n")[0], where="MCPO_COORDINATOR",
         got=os.environ["MCPO_COORDINATOR"]) from e
   state = distributed.global_state
-  listener = threading.Thread(target=_listen, daemon=True)
-  _place = Place(
-      state.process_id, state.num_processes, state.client, listener)
-  listener.start()
+  _place = Place(state.process_id, state.num_processes, state.client)
+  hear(_ERROR, _on_error)
   if not is_first():
     logging.set_verbosity(logging.WARNING)
     os.environ["TQDM_DISABLE"] = "1"
@@ -209,6 +212,51 @@ def _await(key: str, what: str) -> str:
                     what)
 
 
+# --- words --------------------------------------------------------------------
+
+
+def say(word: str, value: Any) -> None:
+  """Tells all processes a JSON value; of several the first one stands."""
+  if count() > 1:
+    with contextlib.suppress(RuntimeError):  # said already, or nobody is there
+      _place.client.key_value_set(f"mcpo_jax/{word}", json.dumps(value))
+
+
+def said(word: str) -> Any:
+  """What was said, or None."""
+  try:
+    return json.loads(_place.client.key_value_try_get(f"mcpo_jax/{word}"))
+  except RuntimeError as e:
+    if "NOT_FOUND" not in str(e):
+      raise
+    return None
+
+
+def await_word(word: str) -> Any:
+  """Waits until something is said; None also if JAX ends this process."""
+  while True:
+    try:
+      return json.loads(_place.client.blocking_key_value_get(
+          f"mcpo_jax/{word}", 1000 * _LOOK_SECONDS))
+    except RuntimeError as e:
+      if "DEADLINE_EXCEEDED" not in str(e):
+        return None
+
+
+def hear(word: str, act: Callable[[Any], None]) -> None:
+  """Has `act` called, in a thread, with what will be said."""
+  if count() == 1:
+    return
+
+  def listen():
+    value = await_word(word)
+    if value is not None:  # None: the run is over
+      act(value)
+
+  _listeners[word] = threading.Thread(target=listen, daemon=True)
+  _listeners[word].start()
+
+
 # --- the end ------------------------------------------------------------------
 
 
@@ -217,9 +265,10 @@ def leave() -> None:
   if count() == 1:
     return
   wait_for_first("the end")
-  if is_first():
-    _place.client.key_value_set(_ERROR, json.dumps(None))
-  _place.listener.join()  # a thread that runs at exit crashes the interpreter
+  for word, listener in _listeners.items():
+    if is_first():
+      say(word, None)
+    listener.join()  # a thread that runs at exit crashes the interpreter
   import jax
 
   jax.distributed.shutdown()
@@ -228,27 +277,23 @@ def leave() -> None:
 def fail(text: str, code: int) -> NoReturn:
   """Ends this process, and with it all others, which say `text`."""
   if count() > 1:
-    with contextlib.suppress(RuntimeError):  # another one has failed too
-      _place.client.key_value_set(
-          _ERROR, json.dumps([_place.index, text, code]))
+    say(_ERROR, [index(), text, code])
     _leave(code)
   sys.exit(code)
 
 
-def _listen() -> None:
-  """Waits, in a thread, for another process to fail."""
-  while True:
-    try:
-      told = _place.client.blocking_key_value_get(_ERROR, 1000 * _LOOK_SECONDS)
-      break
-    except RuntimeError as e:
-      if "DEADLINE_EXCEEDED" not in str(e):
-        return  # JAX itself ends this process
-  if json.loads(told) is None:  # the run is over
-    return
-  index, text, code = json.loads(told)
-  if index != _place.index:
-    print(f"process {index} failed: {text}", file=sys.stderr)
+def abort(text: str, code: int) -> NoReturn:
+  """As `fail`, at once and from any thread; says `text` here too."""
+  print(text, file=sys.stderr)
+  say(_ERROR, [index(), text, code])
+  _leave(code)
+
+
+def _on_error(told: tuple[int, str, int]) -> None:
+  """In a thread: another process has failed."""
+  other, text, code = told
+  if other != index():
+    print(f"process {other}: {text}", file=sys.stderr)
     _leave(code)
 
 
@@ -256,12 +301,15 @@ def _leave(code: int) -> NoReturn:
   """Ends this process at once: an orderly end would wait for the others."""
   sys.stdout.flush()
   sys.stderr.flush()
-  client, deadline = _place.client, time.monotonic() + _LEAVE_SECONDS
+  if count() == 1:
+    os._exit(code)
+  deadline = time.monotonic() + _LEAVE_SECONDS
   with contextlib.suppress(RuntimeError):
     if is_first():  # what all are told lies in this process
       for i in range(1, count()):
         left = max(deadline - time.monotonic(), 0.1)
-        client.blocking_key_value_get(f"{_HEARD}/{i}", int(1000 * left))
+        _place.client.blocking_key_value_get(
+            f"mcpo_jax/{_HEARD}/{i}", int(1000 * left))
     else:
-      client.key_value_set(f"{_HEARD}/{_place.index}", "")
+      say(f"{_HEARD}/{index()}", "")
   os._exit(code)

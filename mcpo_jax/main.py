@@ -11,12 +11,12 @@ import pathlib
 import re
 import sys
 import traceback
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import ml_collections
 from absl import logging
 
-from mcpo_jax import errors, hosts, objective_names, settings
+from mcpo_jax import errors, hosts, objective_names, preempt, settings
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -288,6 +288,7 @@ def run(argv: list[str]) -> None:
                              where="--profile")
   if command.verb in SHARED_VERBS:
     hosts.join()
+    preempt.follow()
   elif hosts.expected():
     raise errors.ConfigError(
         "hosts.verb", "this verb runs in one process", where="MCPO_COORDINATOR",
@@ -394,10 +395,21 @@ def _worth_showing(record) -> bool:
   return "orbax" not in record.pathname or record.levelno >= 30
 
 
+def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:
+  if "--debug" in argv:
+    traceback.print_exc()
+  text = settings.redact(str(error))
+  print(text, file=sys.stderr)
+  hosts.fail(text, error.exit_code)
+
+
 def main() -> None:
-  """Exit codes: 0, 2..8 by kind of error (`errors`), 1 for a bug, and as
-  shells have it 130 after Ctrl-C and 141 when nobody reads the output."""
+  """Exit codes: 0, 2..8 by kind of error and 75 when told to stop (`errors`),
+  1 for a bug, and as shells have it 130 and 143 when told twice and 141 when
+  nobody reads the output."""
   argv = sys.argv[1:]
+  if "serve" not in argv:  # which has nothing to save
+    preempt.listen()
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_worth_showing)
@@ -406,13 +418,11 @@ def main() -> None:
     if sys.stdout:
       sys.stdout.flush()
   except errors.McpoError as e:
-    if "--debug" in argv:
-      traceback.print_exc()
-    text = settings.redact(str(e))
-    print(text, file=sys.stderr)
-    hosts.fail(text, e.exit_code)
+    _fail(e, argv)
   except KeyboardInterrupt:
-    hosts.fail("interrupted", 130)
+    if preempt.asked() is None:
+      hosts.fail("interrupted", 130)
+    _fail(preempt.stopped(""), argv)
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     hosts.fail("nobody reads the output", 141)

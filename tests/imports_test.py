@@ -11,7 +11,7 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
     {"types", "errors", "commit", "faults", "registry", "config_keys",
      "settings", "user_code", "objective_names", "devices",
-     "hosts"},
+     "hosts", "preempt"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},

@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import logging
 
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, preempt, settings
 from mcpo_jax.compare.rows import Cell, Row
 
 _POLL_SECONDS = 0.2
@@ -51,6 +51,7 @@ def run(
 
   Raises:
     ConfigError: config.range, a finished run has no such metric.
+    KeyboardInterrupt: told to stop, as the runs were; they have saved.
   """
   cells = in_order([c for row in rows for trial in row.cells for c in trial])
   waiting = [cell for cell in cells if not finished(cell, metric)]
@@ -59,23 +60,29 @@ def run(
   deadline = time.monotonic() + seconds
   logging.info("compare: %d of %d runs are done", len(cells) - len(waiting),
                len(cells))
-  try:
-    while running or (waiting and time.monotonic() < deadline):
-      for slot, (cell, process) in list(running.items()):
-        if process.poll() is not None:
-          del running[slot]
-          _end(cell, process.returncode, metric, failed)
-      for slot in set(range(jobs)) - running.keys():
-        cell = _next(waiting, cells, [c.seed for c, _ in running.values()])
-        if cell and time.monotonic() < deadline:
-          waiting.remove(cell)
-          running[slot] = cell, _begin(cell, flags, workdir, slot, jobs)
-      time.sleep(_POLL_SECONDS)
-  finally:
-    for _, process in running.values():
-      process.terminate()
-    for _, process in running.values():
-      process.wait()
+  with preempt.guarded():
+    preempt.hold()  # the runs may have to save
+    try:
+      while preempt.asked() is None and (
+          running or (waiting and time.monotonic() < deadline)):
+        for slot, (cell, process) in list(running.items()):
+          if process.poll() is not None:
+            del running[slot]
+            if process.returncode == errors.Preempted.exit_code:
+              waiting.insert(0, cell)  # it alone was told to stop
+            else:
+              _end(cell, process.returncode, metric, failed)
+        for slot in set(range(jobs)) - running.keys():
+          cell = _next(waiting, cells, [c.seed for c, _ in running.values()])
+          if cell and time.monotonic() < deadline:
+            waiting.remove(cell)
+            running[slot] = cell, _begin(cell, flags, workdir, slot, jobs)
+        time.sleep(_POLL_SECONDS)
+    finally:
+      for _, process in running.values():
+        process.send_signal(signal.SIGUSR1)  # see `preempt`
+      for _, process in running.values():
+        process.wait()
   return failed
 
 

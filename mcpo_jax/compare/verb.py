@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-import signal
 from collections.abc import Sequence
 
 from mcpo_jax import errors
@@ -26,13 +25,9 @@ def compare(
   options = read(())["compare"]
   planned = rows.plan(options, read, workdir)
   minutes = options["minutes"]
-  stop = signal.signal(signal.SIGTERM, _interrupt)
-  try:
-    failed = runs.run(
-        planned, flags, workdir, metric=options["metric"], jobs=options["jobs"],
-        seconds=math.inf if minutes is None else 60.0 * minutes)
-  finally:
-    signal.signal(signal.SIGTERM, stop)
+  failed = runs.run(
+      planned, flags, workdir, metric=options["metric"], jobs=options["jobs"],
+      seconds=math.inf if minutes is None else 60.0 * minutes)
   report.write(
       [results.outcome(row, options["metric"], failed) for row in planned],
       options["metric"], options["reference"] or planned[0].name, workdir,
@@ -43,8 +38,3 @@ def compare(
         where=str(workdir / "compare.md"), got=len(failed), want=0,
         hint=f"logs such as {next(iter(failed))}.log; the same line tries "
         "them again")
-
-
-def _interrupt(signum, frame):
-  """Ends as Ctrl-C does: the runs are stopped, the same line resumes."""
-  raise KeyboardInterrupt

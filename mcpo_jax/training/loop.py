@@ -14,7 +14,15 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import checkpoints, errors, faults, hosts, registry, types
+from mcpo_jax import (
+    checkpoints,
+    errors,
+    faults,
+    hosts,
+    preempt,
+    registry,
+    types,
+)
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import estimator, performance, update
 from mcpo_jax.training import metrics as metrics_lib
@@ -148,23 +156,24 @@ def train(
     them.
 
   Raises:
-    NonFiniteError, CheckpointError.
+    NonFiniteError, CheckpointError. Preempted, when all is saved.
   """
   functions = make_functions(stage, model, reference.config)
   meter = performance.Meter(functions, model.mesh, when.profile)
   keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
-  try:
-    return _train(stage, model, make_batch, start, folder, writer, when,
-                  functions, keeper, meter, meta, reference, evaluate,
-                  expect_start, rounds, show)
-  finally:
-    meter.close()
-    if rounds is not None:
-      rounds.close()
-    # Also commits a save that was under way at an error, unless others, who
-    # may not come to that, would have to take part.
-    if hosts.count() == 1 or sys.exc_info()[0] is None:
-      keeper.close()
+  with preempt.guarded():
+    try:
+      return _train(stage, model, make_batch, start, folder, writer, when,
+                    functions, keeper, meter, meta, reference, evaluate,
+                    expect_start, rounds, show)
+    finally:
+      meter.close()
+      # Also commits a save that was under way at an error, unless others, who
+      # may not come to that, would have to take part.
+      if hosts.count() == 1 or sys.exc_info()[0] in (None, errors.Preempted):
+        keeper.close()
+      if rounds is not None:
+        rounds.close()
 
 
 def _train(
@@ -175,82 +184,103 @@ def _train(
   # --- Restore ---------------------------------------------------------------
   restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
-  step = 0
+  step, evaluated = 0, evaluate is None
   if restored is None:
     state = functions.init(start())
     writer.rewind(stage.name, -1)
   else:
     state, saved = restored
     step, best = saved["step"], saved["best"]
+    evaluated |= saved["evaluated"]
     check_same_run(saved, meta, folder)
     logging.info("%s resumes at step %d", stage.name, step)
-    writer.rewind(stage.name, step)
+    writer.rewind(stage.name, step, evaluated=evaluated)
+  on_disk = step
   keeper.protect(best["step"] if when.keep_best else None)
-  if step == 0 and evaluate is not None:
-    writer.write(stage.name, 0, evaluate(functions, state))
+
+  def save() -> None:
+    if rounds is not None:
+      rounds.settle()
+    keeper.save(step, state, meta | {"best": best, "evaluated": evaluated})
+
+  def judge() -> dict[str, Any]:
+    """The best after an evaluation of now."""
+    values = evaluate(functions, state)
+    writer.write(stage.name, step, values)
+    if step == 0:
+      return best
+    logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
+                 metrics_lib.one_line(values))
+    if values["eval/accuracy"] > best["accuracy"]:
+      return {"accuracy": values["eval/accuracy"], "step": step, "waited": 0}
+    return best | {"waited": best["waited"] + 1}
 
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
              unit="step", disable=not sys.stderr.isatty())
-  meter.restart()
-  stop = step >= stage.num_steps or _patience_over(best, when)
-  while not stop:
-    if rounds is not None:
-      state, values = rounds.advance(step, state)
-      if values:
-        writer.write(stage.name, step + 1, values)
-    batch = make_batch(step)
-    faults.point("step.before")
-    if stage.refresh > 1 and step % stage.refresh == 0:
-      state = update.draw_window(
-          stage, model, functions, state, make_batch, reference)
-    if when.estimate_every and step % when.estimate_every == 0:
-      writer.write(stage.name, step, estimator.compare_gradients(
-          stage, model, functions, state, batch, reference))
-    with meter.step(step):
-      state, metrics = update.run_step(
-          stage, model, functions, state, batch, reference)
-      metrics = jax.device_get(metrics)
-    keeper.poll()
-    check_finite(metrics, batch, step)
-    if step == 0 and expect_start:
-      check_softmax_start(
-          float(metrics["loss"]), stage, batch, model.compute_dtype)
-    step += 1
-    meter.add(step, **{name: metrics.pop(name)
-                       for name in ("tokens", "flops", "shapes")})
-    faults.point("step.after")
-    if step % when.show_every == 0 or step == 1:
-      show(step, batch, metrics)
-
-    if step % when.log_every == 0 or step == stage.num_steps or step == 1:
-      row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
-      del row["finite"]
-      row |= meter.row() | {"epoch": float(batch.meta.visit.max())}
-      writer.write(stage.name, step, row)
-      if bar.disable:
-        logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
-                     metrics_lib.one_line(row))
-      bar.set_postfix_str(metrics_lib.one_line(row))
-    bar.update()
-
-    last = step == stage.num_steps
-    better = False
-    if evaluate is not None and (step % when.evaluate_every == 0 or last):
-      values = evaluate(functions, state)
-      writer.write(stage.name, step, values)
-      logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
-                   metrics_lib.one_line(values))
-      better = values["eval/accuracy"] > best["accuracy"]
-      best = ({"accuracy": values["eval/accuracy"], "step": step, "waited": 0}
-              if better else best | {"waited": best["waited"] + 1})
-      meter.restart()
-    stop = last or _patience_over(best, when)
-    if step % when.save_every == 0 or stop or (better and when.keep_best):
+  try:
+    if not evaluated:  # the start is not, nor where a stop came in between
+      best, evaluated = judge(), True
+    meter.restart()
+    stop = step >= stage.num_steps or _patience_over(best, when)
+    while not stop:
+      preempt.check()
       if rounds is not None:
-        rounds.settle()
-      keeper.save(step, state, meta | {"best": best})
-      keeper.protect(best["step"] if when.keep_best else None)
+        state, values = rounds.advance(step, state)
+        if values:
+          writer.write(stage.name, step + 1, values)
+      batch = make_batch(step)
+      faults.point("step.before")
+      if stage.refresh > 1 and step % stage.refresh == 0:
+        state = update.draw_window(
+            stage, model, functions, state, make_batch, reference)
+      if when.estimate_every and step % when.estimate_every == 0:
+        writer.write(stage.name, step, estimator.compare_gradients(
+            stage, model, functions, state, batch, reference))
+      with meter.step(step):
+        state, metrics = update.run_step(
+            stage, model, functions, state, batch, reference)
+        metrics = jax.device_get(metrics)
+      keeper.poll()
+      check_finite(metrics, batch, step)
+      if step == 0 and expect_start:
+        check_softmax_start(
+            float(metrics["loss"]), stage, batch, model.compute_dtype)
+      step += 1
+      preempt.hold()
+      meter.add(step, **{name: metrics.pop(name)
+                         for name in ("tokens", "flops", "shapes")})
+      faults.point("step.after")
+      if step % when.show_every == 0 or step == 1:
+        show(step, batch, metrics)
+
+      if step % when.log_every == 0 or step == stage.num_steps or step == 1:
+        row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
+        del row["finite"]
+        row |= meter.row() | {"epoch": float(batch.meta.visit.max())}
+        writer.write(stage.name, step, row)
+        if bar.disable:
+          logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,
+                       metrics_lib.one_line(row))
+        bar.set_postfix_str(metrics_lib.one_line(row))
+      bar.update()
+
+      last = step == stage.num_steps
+      if evaluate is not None and (step % when.evaluate_every == 0 or last):
+        evaluated = False
+        best, evaluated = judge(), True
+        meter.restart()
+      stop = last or _patience_over(best, when)
+      if step % when.save_every == 0 or stop or (
+          best["step"] == step and when.keep_best):
+        save()
+        on_disk = step
+        keeper.protect(best["step"] if when.keep_best else None)
+  except errors.Preempted:
+    if step > on_disk:
+      save()
+    raise preempt.stopped(
+        f"{stage.name} is saved at step {step}" if step else "") from None
   bar.close()
 
   # --- Result ----------------------------------------------------------------

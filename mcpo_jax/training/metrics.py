@@ -52,17 +52,21 @@ class Writer:
     except Exception as e:  # a logger must never stop a run
       logging.warning("%s is off: %s", name, e)
 
-  def rewind(self, stage: str, step: int) -> None:
-    """Drops lines of `stage` after `step`, and a half-written last line."""
+  def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> None:
+    """Drops lines of `stage` after `step`, those of an evaluation at `step`
+    too if it is to come yet, and a half-written last line."""
     if not self.path.exists():
       return
+    again = lambda row: row["step"] > step or (
+        not evaluated and row["step"] == step
+        and any(key.startswith("eval/") for key in row))
     kept = []
     for line in self.path.read_text().split("\n"):
       try:
         row = json.loads(line)
       except ValueError:
         continue
-      if row["stage"] != stage or row["step"] <= step:
+      if row["stage"] != stage or not again(row):
         kept.append(line + "\n")
     commit.write_file(self.path, "".join(kept))
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import faults, types
+from mcpo_jax import faults, preempt, types
 from mcpo_jax.data import packing
 from mcpo_jax.models import flops
 from mcpo_jax.training import batch as batch_lib
@@ -300,6 +300,7 @@ def score_held_out(
   """Scores the pools of held-out batches with the current weights."""
   losses, rows = [], []
   for batch in held:
+    preempt.check()
     batch = with_anchors(batch, stage, reference)
     sets, chunks = model.put_replicated(batch.meta), model.pack_all(batch)
     values, hidden = examine_chunks(
