@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax import errors
+from mcpo_jax.data import templates
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.data.records import Record, read_records
 
@@ -229,19 +230,66 @@ def test_a_template_that_rewrites_the_prompt_is_refused(folders):
   assert e.value.slug == "data.template_prefix"
 
 
+@pytest.fixture
+def hurried(monkeypatch):
+  """Templates get half a second."""
+  templates.stop()
+  monkeypatch.setattr(templates, "SECONDS", 0.5)
+  yield
+  templates.stop()
+
+
 @pytest.mark.parametrize("template, what", [
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"
      "{% endfor %}", "time"),
     ("{% set a = 'a' * 3000000000 %}", "memory"),
     ("{{ 'a' * 2000000 }}", "output")])
 def test_h12_a_template_may_not_use_up_the_machine(
-    folders, monkeypatch, template, what):
-  monkeypatch.setattr(tokenizer_lib, "_TRIAL_SECONDS", 1)
+    folders, hurried, template, what):
   with pytest.raises(errors.ModelDirError) as e:
     tokenizer_lib.load_tokenizer(
         folders["llama3"], chat_template=template)
   assert e.value.slug == "hf.template"
   assert what in e.value.message
+
+
+def test_h12_a_template_that_waits_for_its_row_is_stopped_at_it(
+    folders, hurried):
+  """It is harmless when it is loaded, and the next text is rendered again."""
+  tok = tokenizer_lib.load_tokenizer(folders["chatml"], chat_template=(
+      CHATML + "{% if messages[0].content == 'now' %}{% for i in range(99999) "
+      "%}{% for j in range(99999) %}{% endfor %}{% endfor %}{% endif %}"))
+  before = tok.encode_prompt("not yet").tolist()
+  with pytest.raises(errors.ModelDirError) as e:
+    tok.encode_prompt("now", where="x.jsonl:7")
+  assert e.value.slug == "hf.template" and e.value.where == "x.jsonl:7"
+  assert tok.encode_prompt("not yet").tolist() == before
+
+
+def test_a_guarded_template_gives_the_text_that_transformers_gives(family):
+  name, tok = family
+  for template in (tok.template, "{%- for m in messages -%}\n  {% generation %}"
+                   "{{ m | tojson }}{%- endgeneration -%}\n{% endfor %} "
+                   "{{ tools | tojson(indent=2) }}{{ eos_token }}{{ kind }}"):
+    for more in ({"tools": [{"type": "function", "function": {"name": "é"}}]},
+                 {"tools": None, "kind": ["x"]}):
+      for add in (False, True):
+        messages = [*TURNS, {"role": "assistant", "content": "Ü\n ",
+                             "tool_calls": None}]
+        assert templates.render(
+            template, messages, add_generation_prompt=add,
+            **tok.hf.special_tokens_map, **more) == tok.hf.apply_chat_template(
+                messages, chat_template=template, tokenize=False,
+                add_generation_prompt=add, **more), name
+
+
+def test_a_refusal_of_the_template_does_not_repeat_the_prompt(folders):
+  tok = tokenizer_lib.load_tokenizer(folders["chatml"], chat_template=(
+      CHATML + "{% if messages[0].content != 'a' %}"
+      "{{ raise_exception(messages[0].content) }}{% endif %}"))
+  with pytest.raises(errors.DataError) as e:
+    tok.encode_prompt("QUOKKA")
+  assert e.value.slug == "data.chat_template" and "QUOKKA" not in str(e.value)
 
 
 @pytest.mark.parametrize("template", [

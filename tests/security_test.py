@@ -19,8 +19,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 
 MODULES = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "jsonpickle",
            "marshal", "shelve", "yaml", "torch"}
-CALLS = {"eval", "exec", "exec_module", "run_path", "run_module", "system",
-         "popen", "spawnl", "spawnv", "Unpickler", "Environment", "Template"}
+CALLS = {"eval", "exec", "exec_module", "run_path", "run_module", "Unpickler",
+         "Environment", "Template"}
+SHELLS = {"system", "popen"}  # of os
 # A keyword, and the one value that it may have.
 KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False}
 
@@ -28,6 +29,7 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False}
 ALLOWED = {
     ("main.py", "exec_module"): "the config file that was typed",
     ("user_code.py", "exec"): "an objective, kernel or reward of the user's",
+    ("report.py", "Environment"): "our own page, which escapes what it shows",
 }
 
 
@@ -38,13 +40,14 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
       yield from MODULES & {a.name.split(".")[0] for a in node.names}
     elif isinstance(node, ast.ImportFrom) and not node.level:
       yield from MODULES & {node.module.split(".")[0]}
-      yield from CALLS & {a.name for a in node.names}
+      yield from (CALLS | SHELLS) & {a.name for a in node.names}
     elif isinstance(node, ast.Call):
       name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-      if name in CALLS:
+      module = getattr(getattr(node.func, "value", None), "id", "")
+      if name in CALLS or name in SHELLS and module == "os":
         yield name
       if name in ("__import__", "import_module", "getattr"):
-        yield from (MODULES | CALLS) & {
+        yield from (MODULES | CALLS | SHELLS) & {
             a.value for a in node.args if isinstance(a, ast.Constant)}
       for word in node.keywords:
         if word.arg in KEYWORDS and not (
@@ -61,7 +64,8 @@ def test_the_package_has_no_unsafe_loader():
 
 @pytest.mark.parametrize("code", [
     "import pickle", "from pickle import loads", "import torch.serialization",
-    "import marshal as m", "eval('1')", "exec(text)", "builtins.exec(text)",
+    "import marshal as m", "os.popen(x)", "eval('1')", "exec(text)",
+    "builtins.exec(text)",
     "os.system('ls')", "from os import system", "yaml = __import__('yaml')",
     "importlib.import_module('dill')", "getattr(builtins, 'eval')('1')",
     "subprocess.run(x, shell=True)", "subprocess.run(x, shell=flag)",
@@ -76,7 +80,7 @@ def test_each_unsafe_loader_would_be_found(code):
 def test_what_is_safe_is_not_found():
   code = ("import json\nnp.load(p, allow_pickle=False)\njson.load(f)\n"
           "subprocess.run(['a'])\nliteral_eval(text)\nsandbox."
-          "ImmutableSandboxedEnvironment()\nf(trust_remote_code=False)")
+          "ImmutableSandboxedEnvironment()\nplatform.system()\nf(trust_remote_code=False)")
   assert not list(unsafe(ast.parse(code)))
 
 

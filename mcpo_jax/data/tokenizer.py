@@ -12,20 +12,18 @@ as plain text: the string is cut after its first character before tokenising.
 import collections
 import dataclasses
 import datetime
-import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
-import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mcpo_jax import errors
+from mcpo_jax.data import templates
 from mcpo_jax.data.readers import Messages, Record
 
 # What `load_tokenizer` and `train_tokenizer` take for "no template".
@@ -51,30 +49,6 @@ _THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 # What looks like a control token in a template: <|x|>, <start_of_x>, [INST].
 _TURN_MARK = re.compile(r"<\|[^|<>]+\|>|</?[a-z]+_of_[a-z]+>|\[/?[A-Z]{3,}\]")
 _THINK_TAGS = ("<think>", "</think>")
-
-
-# A template is a stranger's program. Its first run is in a process that may use
-# little time, memory and output; the sandbox alone stops none of these.
-_TRIAL_SECONDS, _TRIAL_BYTES, _TRIAL_OUTPUT = 5, 2**30, 2**20
-_TRIAL = """
-import json, resource, sys
-import jinja2.ext, jinja2.sandbox
-asked = json.load(sys.stdin)
-resource.setrlimit(resource.RLIMIT_CPU, (asked["seconds"],) * 2)
-if sys.platform == "linux":  # macOS knows the limit and refuses to set it
-  resource.setrlimit(resource.RLIMIT_AS, (asked["bytes"],) * 2)
-environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
-try:
-  size = sum(map(len, environment.from_string(asked["template"]).generate(
-      messages=asked["messages"], add_generation_prompt=True,
-      bos_token="", eos_token="")))
-except MemoryError:
-  sys.exit(2)
-except Exception:
-  sys.exit(0)  # what it raises is told by the run that counts
-sys.exit(3 if size > asked["output"] else 0)
-"""
 
 
 class Encoded(NamedTuple):
@@ -193,6 +167,7 @@ class Tokenizer:
 
     Raises:
       DataError: data.chat_template, data.bos.
+      ModelDirError: hf.template, the template uses too much.
     """
     _, text = self._open(prompt, tools, where)
     return self._prompt_ids(text, where)
@@ -241,14 +216,25 @@ class Tokenizer:
       tools: list[dict[str, Any]] | None,
       add_generation_prompt: bool,
   ) -> str:
-    """The template's text, from transformers' sandbox, with a fixed today."""
+    """The template's text, from transformers' sandbox, with a fixed today.
+
+    Raises:
+      templates.TemplateError, ModelDirError: see `templates.render`.
+    """
     kwargs = dict(self.template_kwargs)
     day = datetime.date.fromisoformat(self.date)
     kwargs.setdefault("date_string", day.strftime("%d %b %Y"))
-    return self.hf.apply_chat_template(
-        messages, tools=tools, tokenize=False,
-        chat_template=_freeze(self.template, day),
-        add_generation_prompt=add_generation_prompt, **kwargs)
+    if self.template == DEFAULT_CHAT_TEMPLATE:  # our own needs no guard
+      try:
+        return self.hf.apply_chat_template(
+            messages, tools=tools, tokenize=False, chat_template=self.template,
+            add_generation_prompt=add_generation_prompt, **kwargs)
+      except Exception as e:  # as the guarded ones
+        raise templates.TemplateError(type(e).__name__, str(e)) from None
+    return templates.render(
+        _freeze(self.template, day), messages, tools=tools,
+        add_generation_prompt=add_generation_prompt,
+        **self.hf.special_tokens_map | kwargs)
 
   def _open(self, prompt, tools, where) -> tuple[Messages, str]:
     """Messages with broken control text, and the rendered prompt."""
@@ -264,10 +250,10 @@ class Tokenizer:
     messages = self._plain(prompt, where)
     text = None
     try:
-      text = self.render(messages, tools=tools, add_generation_prompt=True)
-    except Exception as e:
+      text = self._render(messages, tools, where)
+    except errors.DataError:
       if messages[0]["role"] != "system":
-        raise _template_error(e, where) from None
+        raise
     if messages[0]["role"] == "system" and (
         text is None or messages[0]["content"].strip() not in text):
       messages = _fold_system(messages, where)
@@ -279,8 +265,14 @@ class Tokenizer:
     try:
       return self.render(messages, tools=tools,
                          add_generation_prompt=add_generation_prompt)
-    except Exception as e:  # templates are programs: they raise what they like
-      raise _template_error(e, where) from None
+    except templates.TemplateError as e:
+      raise errors.DataError(  # what the template says may hold the prompt
+          "data.chat_template", f"the chat template refuses the messages: "
+          f"{e.kind}", where=where, hint="set tokenizer.chat_template"
+      ) from None
+    except errors.ModelDirError as e:
+      e.where = where
+      raise
 
   def _plain(self, value: Any, where: str) -> Any:
     """Breaks spelled control tokens in every text of a value."""
@@ -479,12 +471,6 @@ def _suffix(full: str, start: str, where: str) -> str:
   return full[len(start) :]
 
 
-def _template_error(e: Exception, where: str) -> errors.DataError:
-  return errors.DataError(
-      "data.chat_template", f"the chat template refuses the messages: "
-      f"{type(e).__name__}", where=where, hint="set tokenizer.chat_template")
-
-
 def _fold_system(messages: Messages, where: str) -> Messages:
   """Puts a system message into the first user turn."""
   if len(messages) < 2 or messages[1]["role"] != "user":
@@ -586,33 +572,7 @@ def load_tokenizer(
       end_id=hf.eos_token_id, counts=collections.Counter())
   if template is None:
     return tokenizer
-  if template != DEFAULT_CHAT_TEMPLATE:
-    _try_template(template, str(path))
   return dataclasses.replace(tokenizer, end_id=_end_of_turn(tokenizer, path))
-
-
-@functools.lru_cache(maxsize=64)
-def _try_template(template: str, path: str) -> None:
-  """Refuses a template that uses too much time, memory or output.
-
-  Raises:
-    ModelDirError: hf.template.
-  """
-  asked = {
-      "template": re.sub(r"\{%-?\s*(end)?generation\s*-?%\}", "", template),
-      "messages": [{"role": "user", "content": "a"}],
-      "seconds": _TRIAL_SECONDS, "bytes": _TRIAL_BYTES,
-      "output": _TRIAL_OUTPUT,
-  }
-  done = subprocess.run(
-      [sys.executable, "-c", _TRIAL], input=json.dumps(asked), text=True,
-      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-  if done.returncode:
-    what = {2: "memory", 3: "output"}.get(done.returncode, "time")
-    raise errors.ModelDirError(
-        "hf.template", f"the chat template uses too much {what}", where=path,
-        want=f"{_TRIAL_SECONDS} s, {_TRIAL_BYTES} bytes of memory and "
-        f"{_TRIAL_OUTPUT} characters for one short turn")
 
 
 def _end_of_turn(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
@@ -622,11 +582,15 @@ def _end_of_turn(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> int:
   try:
     full = tokenizer.render(turns, tools=None, add_generation_prompt=False)
     if _PROBE not in full:
-      raise ValueError("it does not show the assistant's turn")
-  except Exception as e:  # a template is a program of a stranger
+      raise templates.TemplateError(
+          "No turn", "it does not show the assistant's turn")
+  except templates.TemplateError as e:
     raise errors.ModelDirError(
-        "hf.template", f"the chat template fails: {type(e).__name__}: {e}",
-        where=str(path), hint="set tokenizer.chat_template") from None
+        "hf.template", f"the chat template fails: {e}", where=str(path),
+        hint="set tokenizer.chat_template") from None
+  except errors.ModelDirError as e:  # it uses too much
+    e.where = str(path)
+    raise
   return tokenizer._cut_end(full.rpartition(_PROBE)[2], search_last=False)[2]
 
 
