@@ -113,9 +113,11 @@ def write_report(
           for folder, name in zip(workdirs, _names(workdirs))]
   charts = _charts(runs)
   figures = out.with_name(f"{out.stem}_png")
-  page = jinja2.Environment(
+  environment = jinja2.Environment(
       autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-      lstrip_blocks=True).from_string(_PAGE.read_text("utf-8"))
+      lstrip_blocks=True)
+  environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
+  page = environment.from_string(_PAGE.read_text("utf-8"))
   text = page.render(
       title=" · ".join(run.name for run in runs), runs=runs,
       states=[_state(run) for run in runs],
@@ -131,7 +133,7 @@ def write_report(
   if pictures:
     commit.write_folder(
         figures, lambda folder: _draw(runs, folder), {}, replace=True)
-  # Half a surrogate pair, which JSON can hold, is no character.
+  # Half a surrogate pair, which files of JSON can hold, is no character.
   commit.write_file(out, text.encode("utf-8", "replace").decode("utf-8"))
 
 
