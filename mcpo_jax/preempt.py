@@ -11,6 +11,7 @@ it to runs that a terminal or a scheduler may have told already.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -22,6 +23,9 @@ from mcpo_jax import errors, hosts
 
 GRACE_SECONDS = 25.0  # machines are taken away 30 s after they have said so
 _QUICK_SECONDS = 2.0  # for what has nothing to save, such as a compilation
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1
 
 _STOP = "stop"
 _TURN = "stop/turn"
@@ -104,6 +108,13 @@ def stopped(saved: str) -> errors.Preempted:
   return errors.Preempted(
       "run.preempted", f"told to stop by {_asked}{saved and ', '}{saved}",
       hint="the same line goes on")
+
+
+def end_with_parent(number: int) -> None:
+  """In a new process: has it sent this signal when its parent ends, however
+  that ends."""
+  if _LIBC:
+    _LIBC.prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _is_last_turn() -> bool:

@@ -19,7 +19,7 @@ FLOORS = [
     {"training", "evaluation"},
     {"stages"},
     {"verbs", "compare", "planning"},
-    {"main"},
+    {"main", "supervise"},
     {"__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

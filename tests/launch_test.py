@@ -50,6 +50,9 @@ def told(tmp_path):
     path.parent.mkdir(exist_ok=True)
     path.write_text(
         "#!/bin/sh\n"
+        'if [ "$2" = mcpo_jax.supervise ]; then\n'
+        f'  PYTHONPATH="{ROOT}" exec "{sys.executable}" "$@"\n'
+        "fi\n"
         'echo "$MCPO_COORDINATOR $MCPO_NUM_PROCESSES $MCPO_PROCESS_ID $*"'
         f' >> "{tmp_path}/told"\n'
         'exit "${MCPO_PROCESS_ID:-0}"\n')
@@ -76,7 +79,8 @@ def test_slurm_leaves_the_place_of_a_process_to_jax(told, tmp_path):
               SLURM_SUBMIT_DIR=str(ROOT), **told)
   assert done.returncode == 0, done.stderr
   assert (tmp_path / "told").read_text() == (
-      f"auto   --kill-on-bad-exit=1 {tmp_path}/bin/python {LINE}\n")
+      f"auto   --kill-on-bad-exit=1 {tmp_path}/bin/python "
+      f"-m mcpo_jax.supervise -- {tmp_path}/bin/python {LINE}\n")
 
 
 def test_all_workers_of_a_tpu_get_the_same_line(told, tmp_path):

@@ -4,7 +4,6 @@ Cells of a seed share the start and the reference log-probs through the cache,
 and all cells their compiled programs. What is done is not done again.
 """
 
-import ctypes
 import json
 import math
 import os
@@ -23,8 +22,6 @@ from mcpo_jax import errors, preempt, settings
 from mcpo_jax.compare.rows import Cell, Row
 
 _POLL_SECONDS = 0.2
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-_PR_SET_PDEATHSIG = 1
 
 
 def run(
@@ -145,8 +142,7 @@ def _begin(cell: Cell, flags, workdir, slot: int, jobs: int):
 def _settle(slot: int, jobs: int) -> None:
   """In a new process: it ends with ours, even if ours is killed, and has its
   share of the cores."""
-  if _LIBC:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+  preempt.end_with_parent(signal.SIGKILL)
   if hasattr(os, "sched_setaffinity"):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[slot % len(cores)::jobs])
