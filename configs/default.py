@@ -517,6 +517,37 @@ def get_config() -> ml_collections.ConfigDict:
   # None: never.
   evaluation.estimator_every_steps = config_dict.placeholder(int)
 
+  # Further models beside the start and the aligned one, each "NAME=WHERE" or
+  # WHERE alone: the workdir of another run, a folder or hub name of Hugging
+  # Face weights, "step:N" (a checkpoint of this run) or "step:*" (all that are
+  # kept, for reward against KL). Read by the verb and stage evaluate alone, as
+  # the next two.
+  evaluation.models = ()
+  # Name of the model that the others are to win against. None: the start.
+  evaluation.baseline = config_dict.placeholder(str)
+  # What scores samples, named as reward.name. None: reward.name.
+  evaluation.reward = config_dict.placeholder(str)
+
+  # --- Benchmark: answers for a judge elsewhere, and what the judge said ------
+  benchmark = config.benchmark = ml_collections.ConfigDict()
+  # Whose questions the models of an evaluation answer: "alpaca_eval",
+  # "arena_hard_v0.1", "arena_hard_v2.0", "mt_bench" or "gsm8k". None: none's.
+  benchmark.name = config_dict.placeholder(str)
+  # File of the questions as the benchmark ships them. Required with a name.
+  benchmark.questions_path = config_dict.placeholder(str)
+  # What its judge wrote about these answers: a file, or a pattern for several
+  # models. None: not judged yet.
+  benchmark.judgments_path = config_dict.placeholder(str)
+  # Answers of the baseline that its judge compared with, as the benchmark ships
+  # them: for win rates at equal lengths where judgments do not hold both texts
+  # (Arena-Hard, MT-Bench). None: without.
+  benchmark.baseline_path = config_dict.placeholder(str)
+  # Of the answers. None: generation.temperature, for mt_bench its own of each
+  # category.
+  benchmark.temperature = config_dict.placeholder(float)
+  # Longest answer, in tokens. None: generation.max_new_tokens.
+  benchmark.max_new_tokens = config_dict.placeholder(int)
+
   # --- Checkpoints ------------------------------------------------------------
   checkpoint = config.checkpoint = ml_collections.ConfigDict()
   # Updates between two saves; the last update is always saved.

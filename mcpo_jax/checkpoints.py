@@ -127,3 +127,25 @@ class Checkpointer:
     """Commits what is under way."""
     self._finish()
     self._manager.close()
+
+
+def steps(folder: pathlib.Path) -> list[int]:
+  """Committed steps of a stage's checkpoints, ascending, not yet verified."""
+  return sorted(int(path.parent.name) for path in pathlib.Path(folder).glob(
+      f"*/{commit.MANIFEST}") if path.parent.name.isdecimal())
+
+
+def read_params(folder: pathlib.Path, step: int, shapes: Any) -> Any:
+  """The trained weights of one step alone, in these shapes and shardings.
+
+  Raises:
+    CheckpointError: the step is damaged, see `commit.verify`.
+  """
+  place = pathlib.Path(folder).resolve() / str(step)
+  hosts.from_first("a checkpoint", lambda: commit.verify(place))
+  wanted = {"params": shapes}
+  restored = ocp.PyTreeCheckpointer().restore(
+      place / "default", args=ocp.args.PyTreeRestore(
+          wanted, partial_restore=True,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
+  return restored["params"]

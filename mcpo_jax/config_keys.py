@@ -14,6 +14,8 @@ FORMATS = ("auto", "native", "pairs", "nectar", "ultrafeedback",
            "prompts")
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                "down_proj")
+BENCHMARKS = ("alpaca_eval", "arena_hard_v0.1", "arena_hard_v2.0", "mt_bench",
+              "gsm8k")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
 
 _ANY = Setting()  # text, or checked elsewhere
@@ -196,6 +198,15 @@ KEYS: dict[str, Setting] = {
     "evaluation.num_display": _COUNT,
     "evaluation.patience": or_none(_COUNT),
     "evaluation.estimator_every_steps": or_none(_COUNT),
+    "evaluation.models": _ANY,
+    "evaluation.baseline": or_none(),
+    "evaluation.reward": or_none(),
+    "benchmark.name": or_none(Setting(choices=BENCHMARKS)),
+    "benchmark.questions_path": or_none(),
+    "benchmark.judgments_path": or_none(),
+    "benchmark.baseline_path": or_none(),
+    "benchmark.temperature": or_none(Setting(low=0.0, high=100.0)),
+    "benchmark.max_new_tokens": or_none(_COUNT),
     "checkpoint.every_steps": Setting(low=1, slug="config.retention"),
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,

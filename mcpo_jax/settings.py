@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from absl import logging
@@ -38,6 +39,9 @@ CONFIG_VERSION = 3
 _SECRET = re.compile(
     r"\b(hf_[A-Za-z0-9]{30,}|sk-[\w-]{32,}|gh[oprsu]_[A-Za-z0-9]{36})")
 _HEX_KEY = re.compile("[0-9a-f]{40}")
+# Models, columns and keys that have these names already.
+_TAKEN = ("start", "sft", "aligned", "reference", "prompt", "prompt_ids",
+          "difference", "num_prompts")
 _COMMITS = ("model.revision", "data.revision")
 
 
@@ -115,6 +119,37 @@ def parse_sources(text: str) -> list[tuple[str, float]]:
   return out
 
 
+def parse_models(entries: Iterable[str]) -> list[tuple[str, str]]:
+  """("dpo=runs/dpo", "step:4", "step:*") -> names and places of models.
+
+  Without a name a folder has its own, a checkpoint "step-4"; all of them have
+  their steps' ("").
+
+  Raises:
+    ConfigError: config.range, no entry of this form, or a name that tables
+      and files have for something else.
+  """
+  out = []
+  for entry in entries:
+    name, has_name, where = str(entry).partition("=")
+    if not has_name:
+      name, where = "", str(entry)
+    step = re.fullmatch(r"step:(\d+|\*)", where)
+    every = where == "step:*"
+    if not name and not every:
+      name = where.replace(":", "-") if step else re.split(
+          r"[/\\]", where.rstrip("/"))[-1]
+    if (every and name or not every and not re.fullmatch(r"[\w.+-]+", name)
+        or name in _TAKEN or where.startswith("step:") and not step
+        or not where):
+      raise errors.ConfigError(
+          "config.range", "not a model of an evaluation",
+          where="evaluation.models", got=entry, want="NAME=WHERE; names have "
+          "letters, digits and ._+-, and are not " + ", ".join(_TAKEN))
+    out.append((name, where))
+  return out
+
+
 def read_saved(path: pathlib.Path) -> dict[str, Any]:
   """The resolved config that a workdir keeps as JSON.
 
@@ -173,6 +208,7 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
   found += _resolve_lora(config)
   found += _resolve_objective(config)
   found += _check_reward(config)
+  found += _check_evaluation(config)
   found += _check_online(config)
   if not found:  # these calculate with the values
     found += _check_generate(config)
@@ -250,6 +286,41 @@ def _check_run(config) -> list[errors.McpoError]:
         "config.unused" if top_k else "config.missing",
         "data.top_k goes with data.preferred=top_k", where="data.top_k",
         got=top_k))
+  return found
+
+
+def _check_evaluation(config) -> list[errors.McpoError]:
+  """Models beside each other, and a benchmark's files."""
+  evaluation, benchmark = config["evaluation"], config["benchmark"]
+  found = []
+  try:
+    evaluation["models"] = tuple(evaluation["models"] or ())
+    names = [name for name, _ in parse_models(evaluation["models"])]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+      found.append(errors.ConfigError(
+          "config.conflict", "two models of the evaluation have one name",
+          where="evaluation.models", got=name or "step:*",
+          hint="NAME=WHERE renames one"))
+  except errors.ConfigError as e:
+    found.append(e)
+  for key in ("questions_path", "judgments_path", "baseline_path"):
+    if benchmark[key] and not benchmark["name"]:
+      found.append(errors.ConfigError(
+          "config.missing", "whose file this is", where="benchmark.name",
+          hint=f"benchmark.{key} is set"))
+  if benchmark["name"] and not benchmark["questions_path"]:
+    found.append(errors.ConfigError(
+        "config.missing", "a benchmark needs its questions",
+        where="benchmark.questions_path",
+        hint="--config.benchmark.questions_path=FILE"))
+  if benchmark["baseline_path"] and not benchmark["judgments_path"]:
+    found.append(errors.ConfigError(
+        "config.unused", "it goes with judgments",
+        where="benchmark.baseline_path", got=benchmark["baseline_path"]))
+  if benchmark["judgments_path"] and benchmark["name"] == "gsm8k":
+    found.append(errors.ConfigError(
+        "config.unused", "no judge says which of these answers are right",
+        where="benchmark.judgments_path", got=benchmark["judgments_path"]))
   return found
 
 
@@ -416,7 +487,8 @@ def _check_reward(config) -> list[errors.McpoError]:
   """The rewards and what each of them needs."""
   group, found, read = config["reward"], [], set()
   for key, text in (("reward.name", group["name"]),
-                    ("online.judge", config["online"]["judge"])):
+                    ("online.judge", config["online"]["judge"]),
+                    ("evaluation.reward", config["evaluation"]["reward"])):
     try:
       members = parse_rewards(text) if text else []
     except errors.ConfigError as e:
@@ -436,8 +508,9 @@ def _check_reward(config) -> list[errors.McpoError]:
           "config.missing", f"{name} needs it", where=f"reward.{setting}",
           hint=f"--config.reward.{setting}=VALUE")
           for setting in entry.needs if group[setting] is None]
-  watched = "online.judge" if "judge" in _names(
-      config["online"]["judge"]) else None
+  watched = next((f"{key}.{name}" for key, name in (
+      ("online", "judge"), ("evaluation", "reward"))
+      if "judge" in _names(config[key][name])), None)
   if "judge" in _names(group["name"]) and "evaluate" in (
       config["stages"] or ()):
     watched = "reward.name"

@@ -61,27 +61,36 @@ def test_each_sample_is_scored_beside_its_own_prompt_and_columns():
   np.testing.assert_array_equal(got.scores, [[10, 11], [20, 21], [30, 31]])
   np.testing.assert_array_equal(got.lengths, [[3, 4], [1, 2], [4, 5]])
   np.testing.assert_array_equal(got.stopped, [[1, 0], [1, 0], [0, 1]])
-  assert samples.summarize(got, seed=0)["eos_rate"] == 0.5
 
 
-def test_comparison_is_paired_by_prompt():
-  got = samples.compare(
-      scored(0), scored(2), PROMPTS.prompts, names=("sft", "aligned"), seed=0,
-      num_shown=2,
-  )
-  assert got["score/sft"] == 20.5 and got["score/aligned"] == 22.5
-  assert got["score/sft_ci95_low"] < 20.5 < got["score/sft_ci95_high"]
+def test_what_samples_are_like():
+  got = samples.describe(scored(0), seed=0)
+  assert got["score"].mean == 20.5
+  assert got["score"].ci95_low < 20.5 < got["score"].ci95_high
+  assert got["length"].mean == pytest.approx(19 / 6)
+  assert got["characters"] == got["length"]  # each token is a letter here
+  assert got["eos_rate"] == 0.5
+  assert got["distinct_1"] == 5 / 6  # 3 4 | 1 2 | 4 5 letters
+  assert got["empty_rate"] == got["repetition"] == 0.0
+
+
+def test_a_comparison_is_paired_by_prompt():
+  got = samples.against(scored(2), scored(0), seed=0)
   # Every prompt gains exactly 2, however far the prompts lie apart.
-  for name in ("", "_ci95_low", "_ci95_high"):
-    assert got[f"score/difference{name}"] == 2.0
-  assert got["score/num_prompts"] == 3
-  assert got["mean_length/sft"] == pytest.approx(19 / 6)
-  assert got["mean_length/aligned"] == pytest.approx(31 / 6)
-  assert got["eos_rate/sft"] == 0.5
-  # What texts are like is told of each model: 3 4 | 1 2 | 4 5 letters.
-  assert got["distinct_1/sft"] == 5 / 6
-  assert got["empty_rate/sft"] == got["repetition/aligned"] == 0.0
-  assert got["samples"] == [
+  assert got["score_difference"] == (2.0, 2.0, 2.0)
+  assert got["length_ratio"] == pytest.approx(31 / 19)
+  assert got["win_rate"] == (1.0, 1.0, 1.0)  # 2 3 against 0 1, everywhere
+  near = samples.against(scored(1), scored(0), seed=0)
+  assert near["win_rate"].mean == 7 / 8 and near["tie_rate"] == 1 / 4
+  # A rule that pays for length alone prefers neither at the same length.
+  assert near["lc_win_rate"].mean < near["win_rate"].mean
+  assert near["length_gap"].mean == 1.0
+
+
+def test_first_samples_are_shown_side_by_side():
+  assert samples.side_by_side(
+      {"sft": scored(0), "aligned": scored(2)}, PROMPTS.prompts, num_shown=2
+  ) == [
       {"prompt": "three", "sft": "aaa", "aligned": "aaaaa"},
       {"prompt": "four", "sft": "aaaa", "aligned": "aaaaaa"},
   ]
@@ -90,6 +99,4 @@ def test_comparison_is_paired_by_prompt():
 def test_other_prompt_sets_cannot_be_compared():
   few = samples.ScoredSamples(*(x[:2] for x in scored(0)))
   with pytest.raises(ValueError, match="not paired"):
-    samples.compare(
-        few, scored(0), PROMPTS.prompts, names=("a", "b"), seed=0
-    )
+    samples.against(few, scored(0), seed=0)

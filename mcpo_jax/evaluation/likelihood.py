@@ -6,6 +6,8 @@ probability, or while only length is learned; these numbers show it.
 N sets, K candidate slots. All arrays live on the host.
 """
 
+from typing import Any
+
 import numpy as np
 
 from mcpo_jax.evaluation import statistics
@@ -135,41 +137,38 @@ def likelihood_metrics(
 
 def kl_metrics(
     logps: np.ndarray,
-    start_logps: np.ndarray,
+    ref_logps: np.ndarray,
     sampler_logps: np.ndarray,
     mask: np.ndarray,
     *,
     seed: int,
-) -> dict[str, float]:
-  """KL(policy || start) on samples of the policy.
+) -> dict[str, Any]:
+  """KL(policy || reference) on samples of the policy.
 
-  The mean of log policy - log start is without bias where the samples are of
-  the policy itself (temperature 1, top-p 1). Of another law it is the mean
+  The mean of log policy - log reference is without bias where the samples are
+  of the policy itself (temperature 1, top-p 1). Of another law it is the mean
   under that law, which may be negative. Completions that were cut count as far
   as they go.
 
   Args:
     logps: [R, N, C] nats of each token, of the policy, scored anew.
-    start_logps: [R, N, C] of the weights before the first step.
+    ref_logps: [R, N, C] of the reference.
     sampler_logps: [R, N, C] of the policy, as the sampler had them.
     mask: [R, N, C] bool, True on tokens of the N samples of R prompts.
     seed: of the bootstrap interval, which draws prompts.
 
   Returns:
-    `objective/kl`: nats a completion, mean over samples, then over prompts,
-      with `_ci95_low` and `_ci95_high`; `objective/kl_per_token`: the same sum
-      over the number of tokens; `generate/logp_gap`: mean |sampler - scored
-      anew| of a token.
+    `kl`: nats a completion, mean over samples, then over prompts, an Interval;
+    `kl_per_token`: the same sum over the number of tokens; `logp_gap`: mean
+    |sampler - scored anew| of a token.
   """
-  gaps = np.where(mask, np.asarray(logps, np.float64) - start_logps, 0.0)
+  gaps = np.where(mask, np.asarray(logps, np.float64) - ref_logps, 0.0)
   off = np.where(mask, np.abs(np.asarray(logps) - sampler_logps), 0.0)
-  kl = statistics.mean_interval(gaps.sum(axis=2).mean(axis=1), seed=seed)
   return {
-      "objective/kl": kl.mean,
-      "objective/kl_ci95_low": kl.ci95_low,
-      "objective/kl_ci95_high": kl.ci95_high,
-      "objective/kl_per_token": float(gaps.sum() / mask.sum()),
-      "generate/logp_gap": float(off.sum() / mask.sum()),
+      "kl": statistics.mean_interval(
+          gaps.sum(axis=2).mean(axis=1), seed=seed),
+      "kl_per_token": float(gaps.sum() / mask.sum()),
+      "logp_gap": float(off.sum() / mask.sum()),
   }
 
 

@@ -14,11 +14,10 @@ def preference_metrics(
     rewards: np.ndarray,
     logps: np.ndarray,
     role: np.ndarray,
-    scores: np.ndarray,
     *,
     seed: int,
 ) -> dict[str, Any]:
-  """Accuracy, margin and accuracy by rank of the implicit reward.
+  """Accuracy and margin of the implicit reward.
 
   A pair is the preferred candidate of a set and one of its negatives; it is
   ordered right if the preferred has the larger reward. A pair of equal rewards
@@ -29,8 +28,6 @@ def preference_metrics(
     logps: [N, K] nats a completion, of the policy.
     role: [N, K] +1 preferred (one per set), -1 negative, 0 neither or no
       candidate; what stands in the arrays there is never read.
-    scores: [N, K] external scores, higher is better, NaN where unknown. They
-      rank the negatives of a set; equal scores keep the order of the slots.
     seed: of the bootstrap intervals, which draw sets.
 
   Returns:
@@ -38,16 +35,13 @@ def preference_metrics(
     `rewards/margins` (preferred minus the mean of the set's negatives, mean
     over sets), both with `_ci95_low` and `_ci95_high`; `rewards/chosen`,
     `rewards/rejected`, `logps/chosen`, `logps/rejected` (means over sets);
-    `num_pairs`, `num_sets` (sets with a preferred and a negative); and
-    `rewards/accuracies_by_rank`, a list: entry 0 is the accuracy against the
-    best-scored negative of each set, entry 1 against the second best, and so
-    on, over the sets that have one. Sets with unknown scores stay out of it.
+    `num_pairs`, `num_sets` (sets with a preferred and a negative).
   """
   role = np.asarray(role)
   rewards = np.asarray(rewards, np.float64)
   usable = (role == 1).any(1) & (role == -1).any(1)
   role, rewards = role[usable], rewards[usable]
-  logps, scores = np.asarray(logps)[usable], np.asarray(scores)[usable]
+  logps = np.asarray(logps)[usable]
   slot = np.argmax(role == 1, axis=1)[:, None]
   negative = role == -1
 
@@ -66,25 +60,49 @@ def preference_metrics(
       "rewards/rejected": _mean(rejected),
       "logps/chosen": _mean(np.take_along_axis(logps, slot, 1)),
       "logps/rejected": _mean(_masked_mean(logps, negative)),
-      "rewards/accuracies_by_rank": _by_rank(right, negative, scores),
       "num_pairs": int(pairs.sum()),
       "num_sets": int(usable.sum()),
   }
 
 
-def _by_rank(right, negative, scores):
-  """Accuracy against the best, the second best, ... negative of each set."""
-  ranked = (np.isfinite(scores) | ~negative).all(1)
-  right, negative = right[ranked], negative[ranked]
-  keys = np.where(negative, -scores[ranked], np.inf)  # others sort last
+def by_rank(
+    rewards: np.ndarray, role: np.ndarray, scores: np.ndarray, *, seed: int
+) -> list[dict[str, Any]]:
+  """Accuracy and margin against each set's best negative, its second, ...
+
+  Args:
+    rewards, role: as of `preference_metrics`.
+    scores: [N, K] external scores, higher is better, NaN where unknown. They
+      rank the negatives of a set; equal scores keep the order of the slots.
+      Sets with a candidate of unknown score are left out.
+    seed: of the bootstrap intervals, which draw sets.
+
+  Returns:
+    Per rank, the best negative's first, over the sets that have one:
+    `accuracy` and `margin` (preferred less that negative) as Intervals, and
+    `num_sets`.
+  """
+  role, scores = np.asarray(role), np.asarray(scores, np.float64)
+  negative = role == -1
+  used = (role == 1).any(1) & negative.any(1) & (
+      np.isfinite(scores) | ~negative).all(1)
+  negative, rewards = negative[used], np.asarray(rewards, np.float64)[used]
+  slot = np.argmax(role[used] == 1, axis=1)[:, None]
+  keys = np.where(negative, -scores[used], np.inf)  # others sort last
   order = np.argsort(keys, axis=1, kind="stable")
-  right = np.take_along_axis(right, order, 1)
+  margins = np.take_along_axis(rewards, slot, 1) - np.take_along_axis(
+      rewards, order, 1)
   present = np.take_along_axis(negative, order, 1)
-  return [
-      float(right[:, r][present[:, r]].mean())
-      for r in range(present.shape[1])
-      if present[:, r].any()
-  ]
+  out = []
+  for margin, here in zip(margins.T, present.T):
+    margin = margin[here]
+    if len(margin):
+      out.append({
+          "accuracy": statistics.mean_interval(
+              (margin > 0) + 0.5 * (margin == 0), seed=seed),
+          "margin": statistics.mean_interval(margin, seed=seed),
+          "num_sets": len(margin)})
+  return out
 
 
 def _masked_mean(values, mask):

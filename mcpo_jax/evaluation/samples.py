@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mcpo_jax import types
-from mcpo_jax.evaluation import diversity, statistics
+from mcpo_jax.evaluation import diversity, statistics, win_rates
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.service import GenerationService
 from mcpo_jax.rewards import functions
@@ -127,69 +127,62 @@ def candidate_sets(
   ]
 
 
-def summarize(samples: ScoredSamples, *, seed: int) -> dict[str, float]:
-  """`score` with its interval over prompts, `mean_length`, `eos_rate`, and
-  what `diversity.text_metrics` says."""
-  score = statistics.mean_interval(samples.scores.mean(1), seed=seed)
+def describe(samples: ScoredSamples, *, seed: int) -> dict[str, Any]:
+  """What the samples of a model are like.
+
+  Args:
+    samples: of R prompts.
+    seed: of the bootstrap intervals, which draw prompts.
+
+  Returns:
+    `score`, `length` (tokens) and `characters` of a sample, Intervals of the
+    mean over prompts; `eos_rate`; and what `diversity.text_metrics` says.
+  """
+  characters = np.array([[len(t) for t in row] for row in samples.text])
+  mean = lambda values: statistics.mean_interval(values.mean(1), seed=seed)
   return {
-      "score": score.mean,
-      "score_ci95_low": score.ci95_low,
-      "score_ci95_high": score.ci95_high,
-      "mean_length": float(samples.lengths.mean()),
+      "score": mean(samples.scores),
+      "length": mean(samples.lengths),
+      "characters": mean(characters),
       "eos_rate": float(samples.stopped.mean()),
   } | diversity.text_metrics(samples.text)
 
 
-def compare(
-    before: ScoredSamples,
-    after: ScoredSamples,
-    prompts: Sequence[Any],
-    *,
-    names: tuple[str, str],
-    seed: int,
-    num_shown: int = 5,
+def against(
+    ours: ScoredSamples, baseline: ScoredSamples, *, seed: int
 ) -> dict[str, Any]:
-  """Two models on the same prompts, paired by prompt.
-
-  Args:
-    before: samples of the first model.
-    after: samples of the second, for the same prompts in the same order.
-    prompts: R prompts, shown beside the samples.
-    names: of the two models, for example ("sft", "aligned").
-    seed: of the bootstrap intervals.
-    num_shown: prompts whose first samples are shown side by side, spread
-      evenly over the set.
+  """A model's samples beside a baseline's, for the same prompts.
 
   Returns:
-    A flat dict: `score/NAME` with `_ci95_low` and `_ci95_high`, and the other
-    numbers of `summarize`, such as `mean_length/NAME`, for both names;
-    `score/difference` (second minus first) with its interval;
-    `score/num_prompts`; and `samples`, a list of {"prompt", NAME: text, ...}.
+    What `win_rates.compare` says of every sample against every one;
+    `score_difference`, an Interval of means paired by prompt; `length_ratio`
+    of tokens and `distinct_2_ratio`, the model's by the baseline's, NaN where
+    the baseline has 0.
 
   Raises:
     ValueError: the two have other numbers of prompts.
   """
-  summary: dict[str, Any] = {}
-  for name, samples in zip(names, (before, after), strict=True):
-    for key, value in summarize(samples, seed=seed).items():
-      key, _, bound = key.partition("_ci95")
-      summary[f"{key}/{name}" + (f"_ci95{bound}" if bound else "")] = value
-  difference = statistics.paired_difference(
-      before.scores.mean(1), after.scores.mean(1), seed=seed
-  )
-  count = len(before.scores)
-  shown = np.unique(np.linspace(0, count - 1, min(num_shown, count), dtype=int))
-  return summary | {
-      "score/difference": difference.mean,
-      "score/difference_ci95_low": difference.ci95_low,
-      "score/difference_ci95_high": difference.ci95_high,
-      "score/num_prompts": count,
-      "samples": [
-          {
-              "prompt": prompts[i],
-              names[0]: before.text[i][0],
-              names[1]: after.text[i][0],
-          }
-          for i in shown
-      ],
+  ratio = lambda a, b: a / b if b else float("nan")
+  return win_rates.compare(
+      *win_rates.sample_pairs(
+          ours.scores, baseline.scores, ours.text, baseline.text), seed=seed
+  ) | {
+      "score_difference": statistics.paired_difference(
+          baseline.scores.mean(1), ours.scores.mean(1), seed=seed),
+      "length_ratio": float(ratio(
+          ours.lengths.mean(), baseline.lengths.mean())),
+      "distinct_2_ratio": ratio(*(
+          diversity.distinct([t for row in side.text for t in row], 2)
+          for side in (ours, baseline))),
   }
+
+
+def side_by_side(
+    drawn: Mapping[str, ScoredSamples], prompts: Sequence[Any],
+    num_shown: int = 5,
+) -> list[dict[str, Any]]:
+  """{"prompt", NAME: first sample, ...} of prompts spread over the set."""
+  count = len(prompts)
+  shown = np.unique(np.linspace(0, count - 1, min(num_shown, count), dtype=int))
+  return [{"prompt": prompts[i]} | {
+      name: one.text[i][0] for name, one in drawn.items()} for i in shown]

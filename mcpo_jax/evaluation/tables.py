@@ -3,9 +3,13 @@
 WORKDIR/evaluate/evaluation.json is one object. A number that is not known is
 null, never NaN. An interval I is {"mean", "ci95_low", "ci95_high"}.
 
-  {"version": 1, "seed", "num_prompts", "num_sets",
+  {"version": 1, "seed", "num_prompts", "num_sets" (both 0 and no models where
+                                no data is held out),
+   "settings": what decided about it, beside the run's own config
    "reference": name of the model that KL and implicit rewards are against,
    "baseline": name of the model that the others are to win against,
+   "gain": {LAW: I, ...}      score of the aligned one less that of the start,
+                              paired by prompt; null without a reward
    "beta": reward per nat, of the implicit rewards and of `preferences`,
    "models": [MODEL, ...]     the start first, the aligned one last
    "frontier": [{"model", "step" (null: no update of this run), "kl": I,
@@ -108,3 +112,75 @@ def read(folder: pathlib.Path) -> dict[str, Any] | None:
         where=str(path), got=version, want=VERSION,
         hint="evaluate the run again")
   return content
+
+
+_LAWS = {"sampled": "", "greedy": "greedy/"}  # what stands before flat keys
+
+
+def plain(value: Any) -> Any:
+  """Intervals in the form of the file, numbers that are none as None."""
+  if isinstance(value, statistics.Interval):
+    return interval(value)
+  if isinstance(value, dict):
+    return {key: plain(x) for key, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [plain(x) for x in value]
+  return known(value) if isinstance(value, float) else value
+
+
+def flatten(content: Mapping[str, Any]) -> dict[str, Any]:
+  """The numbers of an evaluation as flat keys of a summary.
+
+  Those of a model end in its name: `score/NAME` with `score/NAME_ci95_low` and
+  `_ci95_high`, `mean_length/NAME`, `win_rate/NAME`, .. of sampled texts, the
+  same after `greedy/`; `preferences/accuracy/NAME`, with `/rank_1` for the
+  best negative alone; `calibration/ece/NAME`. The aligned model's KL is
+  `objective/kl`, that of others `objective/kl/NAME`.
+  """
+  out = {}
+
+  def put(key, value):
+    if value is None or not isinstance(value, dict):
+      out[key] = value
+    else:
+      out[key] = value["mean"]
+      for bound in ("ci95_low", "ci95_high"):
+        out[f"{key}_{bound}"] = value[bound]
+
+  for law, before in _LAWS.items():
+    if content["gain"] is not None:
+      put(f"{before}score/difference", content["gain"][law])
+      out[f"{before}score/num_prompts"] = content["num_prompts"]
+  for model in content["models"]:
+    name = model["name"]
+    _put_preferences(put, name, model["preferences"])
+    for law, before in _LAWS.items():
+      table = dict((model["samples"] or {}).get(law) or {})
+      against, kl = table.pop("against", None), table.pop("kl", None)
+      per_token, gap = table.pop("kl_per_token", None), table.pop(
+          "logp_gap", None)
+      suffix = "" if model["kind"] == "aligned" else f"/{name}"
+      if kl is not None:
+        put(f"{before}objective/kl{suffix}", kl)
+        put(f"{before}objective/kl_per_token{suffix}", per_token)
+        put(f"{before}generate/logp_gap{suffix}", gap)
+      if table:
+        out[f"{before}mean_length/{name}"] = table.pop("length")["mean"]
+      for key, value in (table | (against or {})).items():
+        put(f"{before}{key}/{name}", value)
+  for one in content["benchmarks"]:
+    for key in ("win_rate", "lc_win_rate", "score", "tie_rate"):
+      if one[key] is not None:
+        put(f"{one['benchmark']}/{key}/{one['model']}", one[key])
+  return out
+
+
+def _put_preferences(put, name, table) -> None:
+  if table is None:
+    return
+  for key in ("accuracy", "margin"):
+    put(f"preferences/{key}/{name}", table[key])
+    for rank, one in enumerate(table["by_rank"], 1):
+      put(f"preferences/{key}/{name}/rank_{rank}", one[key])
+  for key in ("ece", "rank_correlation"):
+    put(f"calibration/{key}/{name}", table["calibration"][key])

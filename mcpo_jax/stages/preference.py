@@ -161,15 +161,11 @@ def make_evaluate(run, stage, model, start, data, rows, options, reference):
 
   def evaluate(functions, state):
     out = update.score_held_out(stage, model, functions, state, held, reference)
-    per_token = np.ones_like(out.logps)
-    if stage.entry.per_token or (
-        stage.objective == "ipo" and stage.objective_settings["length_average"]
-    ):
-      per_token = np.maximum(out.lengths, 1)
-    ratios = (out.logps - out.ref_logps) / per_token
-    rewards = stage_lib.first_setting(stage, "beta", 1.0) * ratios
+    rewards = stage_lib.implicit_rewards(
+        stage.objective, stage.objective_settings, out.logps, out.ref_logps,
+        out.lengths)
     values = preferences.preference_metrics(
-        rewards, out.logps, out.role, out.scores, seed=stage.seed)
+        rewards, out.logps, out.role, seed=stage.seed)
     step = int(state.step)
     values |= likelihood.likelihood_metrics(
         out.logps, start_logps, rewards, out.role, out.lengths,

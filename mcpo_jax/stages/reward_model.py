@@ -149,14 +149,13 @@ def make_evaluate(
     return None
   scores_of = jax.jit(model.sequence_logps, static_argnums=(2, 3),
                       out_shardings=sharding.replicated(model.mesh))
-  fields = [np.concatenate([getattr(batch.meta, name) for batch in held])
-            for name in ("role", "scores")]
+  role = np.concatenate([batch.meta.role for batch in held])
 
   def evaluate(params):
     scores = np.concatenate([np.asarray(sum(
         scores_of(params, model.put(chunk), *batch.meta.role.shape)
         for chunk in model.pack_all(batch))) for batch in held])
-    values = preferences.preference_metrics(scores, scores, *fields, seed=seed)
+    values = preferences.preference_metrics(scores, scores, role, seed=seed)
     return {name: values[key] for name, key in (
         ("accuracy", "rewards/accuracies"),
         ("accuracy_ci95_low", "rewards/accuracies_ci95_low"),

@@ -21,7 +21,8 @@ from mcpo_jax.training import stage as stage_lib
 
 
 def load_reward(
-    config: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer | None = None
+    config: dict[str, Any], tokenizer: tokenizer_lib.Tokenizer | None = None,
+    name: str | None = None,
 ) -> rewards.Reward | None:
   """The reward of a config, None without one.
 
@@ -29,9 +30,11 @@ def load_reward(
     config: resolved.
     tokenizer: of the policy: whether its prompts open a thought. None: not
       known yet.
+    name: instead of reward.name.
   """
   options = dict(config["reward"])
-  name = options.pop("name")
+  configured = options.pop("name")
+  name = name or configured
   if name is None:
     return None
   shaping = {key: options.pop(key) for key in (
@@ -91,12 +94,14 @@ def longest_sample(config: dict[str, Any]) -> int:
 
 
 def make_service(
-    run: setup.Run, model: stage_lib.Model, params, mesh=None
+    run: setup.Run, model: stage_lib.Model, params, mesh=None,
+    length: int | None = None,
 ) -> service_lib.GenerationService:
   """The sampler of this run's architecture and tokenizer, on the mesh that
-  trains or on another one."""
+  trains or on another one; `length` tokens at most, None: the config's."""
   return service_lib.GenerationService(
-      model.config, params, 0, max_completion_length=longest_sample(run.config),
+      model.config, params, 0,
+      max_completion_length=length or longest_sample(run.config),
       stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
       tokenizer=run.tokenizer.hf, vocab_size=run.tokenizer.vocab_size,
       compute_dtype=model.compute_dtype, mesh=mesh or run.mesh)

@@ -37,6 +37,7 @@ from mcpo_jax.training import stage as stage_lib
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
     r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|serve\..*|"
+    r"benchmark\..*|evaluation\.(models|baseline|reward)|"
     r"generation\.(url|spool|token_path)|checkpoint\.(every_steps|keep))$")
 
 # Part of every content key in the cache: raise it when the same input would

@@ -207,8 +207,34 @@ def make_functions(
       replicated=sharding.replicated(model.mesh), offload=offload)
 
 
+def implicit_rewards(
+    objective: str,
+    settings: dict[str, Any],
+    logps: np.ndarray,
+    ref_logps: np.ndarray,
+    lengths: np.ndarray,
+) -> np.ndarray:
+  """[N, K] beta times the log ratio, as an objective has it.
+
+  Args:
+    objective: its name.
+    settings: its own.
+    logps: [N, K] nats, of the policy.
+    ref_logps: [N, K] nats; 0 for objectives without a reference.
+    lengths: [N, K] scored tokens, by which some objectives divide.
+  """
+  per_token = objective_names.find_objective(objective).per_token or (
+      objective == "ipo" and settings["length_average"])
+  ratios = np.asarray(logps, np.float64) - ref_logps
+  return _first(objective, settings, "beta", 1.0) * (
+      ratios / np.maximum(lengths, 1) if per_token else ratios)
+
+
 def first_setting(stage: Stage, name: str, default: Any) -> Any:
   """A setting of the first member of the objective that takes it."""
-  members = objective_names.members(stage.objective, stage.objective_settings)
-  return next((member.settings[name] for member in members
-               if name in member.settings), default)
+  return _first(stage.objective, stage.objective_settings, name, default)
+
+
+def _first(objective, settings, name, default):
+  return next((member.settings[name] for member in objective_names.members(
+      objective, settings) if name in member.settings), default)
