@@ -217,7 +217,7 @@ def _train(
 
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
-             unit="step", disable=not sys.stderr.isatty())
+             unit="step", disable=not is_watched())
   try:
     if not evaluated:  # the start is not, nor where a stop came in between
       best, evaluated = judge(), True
@@ -289,6 +289,12 @@ def _train(
     logging.info("%s: step %d evaluated best", stage.name, step)
     state = keeper.restore(step, functions.state_shapes)
   return step_lib.policy_of(state.params), step
+
+
+def is_watched() -> bool:
+  """Whether somebody sees a line that changes: on a terminal or in a notebook,
+  where the interpreter has prompts."""
+  return sys.stderr.isatty() or hasattr(sys, "ps1")
 
 
 def _patience_over(best: dict[str, Any], when: Schedule) -> bool:
