@@ -234,6 +234,7 @@ KEYS: dict[str, Setting] = {
     "checkpoint.every_steps": Setting(low=1, slug="config.retention"),
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,
+    "checkpoint.timeout_seconds": _POSITIVE,
     "export.dtype": or_none(_DTYPE),
     "log.every_steps": _COUNT,
     "log.candidates_every_steps": _COUNT,

@@ -271,7 +271,9 @@ def _report(command: CommandLine) -> None:
 
 def _worth_showing(record) -> bool:
   """Orbax tells every step of a save; its warnings are enough."""
-  return "orbax" not in record.pathname or record.levelno >= 30
+  # It warns of every save that there is nothing to merge.
+  return "orbax" not in record.pathname or (
+      record.levelno >= 30 and "ocdbt_utils" not in record.pathname)
 
 
 def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:

@@ -75,10 +75,10 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   params, step = loop.train(
       stage, model, make_batch, trained, folder, writer,
       setup.schedule_of(run),
-      meta={"stage": "preference", "data": data.key,
-            "model": str(model.config), "start": hf.params_sha256(start()),
-            "objective": stage.objective,
-            "own_code": own_code(stage, config)},
+      meta=run.origin | {
+          "stage": "preference", "data": data.key, "model": str(model.config),
+          "start": hf.params_sha256(start()), "objective": stage.objective,
+          "own_code": own_code(stage, config)},
       reference=compared["train"], evaluate=evaluate,
       expect_start=references.is_start(config)
       and not config["online"]["extrapolation"],

@@ -24,7 +24,6 @@ def save_model(run, folder, params, model) -> None:
   hf.save_params(folder, params, model.config,
                  tokenizer_dir=run.workdir / "tokenizer",
                  stop_ids=run.tokenizer.stop_ids)
-  commit.write_manifest(folder, {})
   hosts.wait_for_first("a model")
 
 
