@@ -23,12 +23,8 @@ from mcpo_jax.training import architecture, metrics, setup
 
 def train(
     config: dict[str, Any], workdir: pathlib.Path, *, profile: bool = False
-) -> dict[str, Any]:
-  """Runs the stages of a config; each goes on from where it stopped.
-
-  Returns:
-    What they add to summary.json.
-  """
+) -> None:
+  """Runs the stages of a config; each goes on from where it stopped."""
   setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir, profile=profile)
@@ -47,30 +43,26 @@ def train(
     write_summary(workdir, summary)
   if "evaluate" in config["stages"]:
     write_report(run)
-  return summary
+  print(json.dumps(summary, indent=1))
 
 
-def evaluate(
-    config: dict[str, Any], workdir: pathlib.Path
-) -> dict[str, Any]:
+def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """The evaluation of a trained workdir, on its own."""
   run = setup.open_run(config, workdir)
   summary = evaluate_stage.run_evaluate(run, metrics.Writer(workdir))
   write_summary(workdir, summary)
   write_report(run)
-  return summary
+  print(json.dumps(summary, indent=1))
 
 
-def generate(
-    config: dict[str, Any], workdir: pathlib.Path
-) -> dict[str, Any]:
+def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Candidates of the workdir's last stage, or of model.path."""
   results.check_weights(config, workdir)
   sampling.check_reward(config)  # missed now if missing, not after the model
   run = setup.open_run(config, workdir)
   summary = generate_stage.run_generate(run)
   write_summary(workdir, summary)
-  return summary
+  print(json.dumps(summary, indent=1))
 
 
 def serve(config: dict[str, Any], workdir: pathlib.Path | None) -> None:

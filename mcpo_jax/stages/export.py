@@ -4,7 +4,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from mcpo_jax import commit, errors, sharding
+from mcpo_jax import commit, errors, faults, sharding
 from mcpo_jax.models import decoder, hf
 from mcpo_jax.stages import results
 from mcpo_jax.training import metrics, setup
@@ -35,8 +35,10 @@ def run_export(
   if last == "preference":
     card = (f"Aligned with mcpo_jax, objective {objective['name']}"
             f" (beta {objective.get('beta')}).")
+  faults.point("export.begin")
   hf.save_params(out, params, config, tokenizer_dir=run.workdir / "tokenizer",
                  stop_ids=run.tokenizer.stop_ids, card=card)
+  faults.point("export.written")
   adapter = source.with_name("adapter")
   if adapter.exists():
     commit.verify(adapter)

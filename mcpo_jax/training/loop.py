@@ -14,7 +14,6 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-import mcpo_jax
 from mcpo_jax import (
     checkpoints,
     errors,
@@ -25,7 +24,7 @@ from mcpo_jax import (
     types,
 )
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import estimator, launches, performance, update
+from mcpo_jax.training import estimator, performance, update
 from mcpo_jax.training import metrics as metrics_lib
 from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import step as step_lib
@@ -50,7 +49,6 @@ class Schedule(NamedTuple):
   estimate_every: int | None = None  # `estimator.compare_gradients`
   show_every: int = 1
   profile: pathlib.Path | None = None  # folder of a trace of some updates
-  save_seconds: float = checkpoints.TIMEOUT_SECONDS  # that a save may take
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -162,8 +160,7 @@ def train(
   """
   functions = make_functions(stage, model, reference.config)
   meter = performance.Meter(functions, model.mesh, when.profile)
-  keeper = checkpoints.Checkpointer(
-      folder / "checkpoints", keep=when.keep, timeout=when.save_seconds)
+  keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
   with preempt.guarded():
     try:
       return _train(stage, model, make_batch, start, folder, writer, when,
@@ -185,8 +182,6 @@ def _train(
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
-  code = [mcpo_jax.__version__, launches.commit_of_code()]
-  keeper.check_room(functions.state_shapes, best=when.keep_best)
   restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
   step, evaluated = 0, evaluate is None
@@ -206,9 +201,7 @@ def _train(
   def save() -> None:
     if rounds is not None:
       rounds.settle()
-    keeper.save(step, state, meta | {
-        "best": best, "evaluated": evaluated, "code": code,
-        "cursor": {"step": step, "examples": step * stage.batch_size}})
+    keeper.save(step, state, meta | {"best": best, "evaluated": evaluated})
 
   def judge() -> dict[str, Any]:
     """The best after an evaluation of now."""
@@ -224,7 +217,7 @@ def _train(
 
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
-             unit="step", disable=not is_watched())
+             unit="step", disable=not sys.stderr.isatty())
   try:
     if not evaluated:  # the start is not, nor where a stop came in between
       best, evaluated = judge(), True
@@ -236,6 +229,7 @@ def _train(
         state, values = rounds.advance(step, state)
         if values:
           writer.write(stage.name, step + 1, values)
+      faults.point("data.next")
       batch = make_batch(step)
       faults.point("step.before")
       if stage.refresh > 1 and step % stage.refresh == 0:
@@ -296,12 +290,6 @@ def _train(
     logging.info("%s: step %d evaluated best", stage.name, step)
     state = keeper.restore(step, functions.state_shapes)
   return step_lib.policy_of(state.params), step
-
-
-def is_watched() -> bool:
-  """Whether somebody sees a line that changes: on a terminal or in a notebook,
-  where the interpreter has prompts."""
-  return sys.stderr.isatty() or hasattr(sys, "ps1")
 
 
 def _patience_over(best: dict[str, Any], when: Schedule) -> bool:

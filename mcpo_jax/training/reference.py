@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, hosts, types
+from mcpo_jax import commit, errors, faults, hosts, types
 from mcpo_jax.training import batch as batch_lib
 
 ROWS_PER_SHARD = 256
@@ -134,6 +134,7 @@ class ReferenceCache:
         for name, array in zip(("token_logps", "sums", "starts"), arrays):
           np.save(folder / f"{name}.npy", array)
 
+      faults.point("reference.shard")
       commit.write_folder(self._folder / f"{first:08d}", write,
                           {"first_row": first, "rows": len(rows)})
       hosts.wait_for_first("reference log-probs")

@@ -1,0 +1,439 @@
+"""Runs that are killed again and again, beside the same run left alone.
+
+Each phase is one tiny command line. It runs once unbroken; then it is killed by
+SIGKILL, at named points (`faults`) and at random times, and started again by
+the same line until it ends. Every update of every attempt, also those that are
+lost and done again, leaves SHA-256s of weights, of all other state, of the
+batch and of the drawn negatives; all must be those of the unbroken run, and
+so must the metrics and every file of the result.
+
+  python benchmarks/soak.py --kills=50 --seed=0 --out=soak.md
+  python benchmarks/soak.py --every=200 --steps=1000   a failure every 200 steps
+
+Exits with 1 if a verified step was lost, a hash differs or a point was never
+reached. An attempt is a fork of a process that has imported everything and
+touched no device; `--plain` starts each by the real command line instead, which
+writes no hashes, and tells how long a real restart takes.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import hashlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# What JAX reads when it is imported.
+os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1",
+               "TRANSFORMERS_VERBOSITY": "error"}
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
+    pathlib.Path(tempfile.gettempdir()) / "mcpo_jax_test_programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import run_cases  # noqa: E402
+import tokenizers  # noqa: E402, F401
+import transformers.models.auto.tokenization_auto  # noqa: E402, F401
+
+from mcpo_jax import commit, errors, main, verbs  # noqa: E402, F401
+from mcpo_jax.training import update  # noqa: E402
+
+ANYWHERE = 4  # a point of every update is met at the first to fourth time
+
+
+class Phase(NamedTuple):
+  """A command line, and where it can be killed."""
+
+  verb: str
+  flags: tuple[str, ...]
+  points: dict[str, int]  # in the order they are met: up to which time
+  devices: int = 1
+
+
+STEPS = {"data.next": ANYWHERE, "step.before": ANYWHERE,
+         "step.drawn": ANYWHERE, "step.accumulate": 4, "step.after": ANYWHERE}
+OFFLINE = ("--config.data.eval_fraction=0.0",)
+ROUNDS = (
+    *OFFLINE, "--config.online.enabled=True",
+    "--config.online.prompts_per_round=10",
+    "--config.online.num_candidates=4",
+    "--config.reward.name=online_rewards:letters",
+    "--config.generation.max_new_tokens=9", "--config.stages=sft,preference")
+PHASES = {
+    "offline": Phase(
+        "train", ("--config.stages=sft,preference,export",),
+        STEPS | {"step.first_chunk": ANYWHERE, "reference.shard": 1,
+                 "export.begin": 1, "export.written": 1}),
+    "chains": Phase(
+        "train", (*OFFLINE, "--config.stages=sft,preference",
+                  "--config.kernel.init=persistent"), STEPS),
+    "state": Phase(
+        "train", (*OFFLINE, "--config.stages=sft,preference",
+                  "--config.objective.name=bco",
+                  "--config.kernel.strategy=random",
+                  "--config.kernel.temperature=None",
+                  "--config.kernel.refresh=epoch"), STEPS),
+    "lora": Phase(
+        "train", (*OFFLINE, "--config.stages=sft,preference",
+                  "--config.lora.rank=3",
+                  "--config.reference.source=lora_base"), STEPS),
+    "online": Phase(
+        "train", ROUNDS, STEPS | {"online.scored": 2, "online.committed": 2}),
+    "overlapped": Phase(
+        "train", (*ROUNDS, "--config.online.policy_lag=1",
+                  "--config.generation.num_devices=1"),
+        STEPS | {"online.scored": 2, "online.committed": 2}, devices=2),
+    "generate": Phase(
+        "generate", ("--config.generate.prompts_per_shard=4",
+                     "--config.generation.max_new_tokens=9"),
+        {"generate.shard": 5}),
+}
+
+
+# --- one attempt, in a process of its own -------------------------------------
+
+
+def attempt(argv, environment, log, records) -> None:
+  """The command line, with every update written down in `records`."""
+  os.environ.update(environment)
+  for stream in (1, 2):
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+  sys.argv = ["mcpo_jax", *argv]
+  watch(records)
+  main.main()
+
+
+def watch(path: pathlib.Path) -> None:
+  """Has `run_step` append a line of hashes for each update."""
+  run_step, file = update.run_step, open(path, "a")
+
+  def watched(stage, model, functions, state, batch, reference):
+    state, metrics = run_step(stage, model, functions, state, batch, reference)
+    rest = state._replace(params=(), step=())
+    file.write(json.dumps({
+        "stage": stage.name, "step": int(state.step),
+        "at": time.monotonic(), "cpu": time.process_time(),
+        "params": digest(state.params), "state": digest(rest),
+        "batch": digest([batch.meta.example_id, batch.meta.visit,
+                         batch.meta.candidate_id]),
+        "negatives": digest([metrics["kernel/selected"],
+                             metrics["kernel/selected_mask"]])}) + "\n")
+    file.flush()
+    return state, metrics
+
+  update.run_step = watched
+
+
+def digest(tree: Any) -> str:
+  """SHA-256 of the leaves: types, shapes and bytes."""
+  out = hashlib.sha256()
+  for leaf in jax.tree.leaves(jax.device_get(tree)):
+    leaf = np.asarray(leaf)
+    out.update(f"{leaf.dtype}{leaf.shape}".encode())
+    out.update(np.ascontiguousarray(leaf).tobytes())
+  return out.hexdigest()
+
+
+# --- one life: attempts on one workdir until the run ends ---------------------
+
+
+class Kill(NamedTuple):
+  """What is to happen to an attempt."""
+
+  point: str | None  # None: at a random time
+  count: int = 1  # which time the point is met
+  seconds: float = 0.0  # after the start
+
+
+class Outcome(NamedTuple):
+  """What became of one kill."""
+
+  phase: str
+  point: str  # "random" for a random time
+  restart_seconds: float | None  # to the first update; None: there was none
+  redone: int  # updates done before the kill and again after it
+  lost: int  # verified steps that the next attempt did not begin at
+
+
+class Phases:
+  """The runs of one phase below a folder."""
+
+  def __init__(self, name: str, folder: pathlib.Path, context):
+    """Writes the data; runs nothing yet."""
+    self.name, self.phase, self._context = name, PHASES[name], context
+    self.folder = folder / name
+    self._data = run_cases.write_data(self.folder / "data")
+    self.problems: list[str] = []
+    self._lives = 0
+    self._known: dict[tuple[str, int], dict[str, Any]] = {}
+    self.updates = 0  # of all attempts
+
+  def run_unbroken(self) -> None:
+    """The run that all others are compared with."""
+    if self.phase.verb == "generate":  # samples what a short run has trained
+      self._whole("start", "train", "--config.stages=sft")
+      start = self.folder / "start" / "run" / "sft" / "model"
+      self._data = [self._data[0].replace("data.path", "generate.data_path"),
+                    f"--config.model.path={start}"]
+    self.seconds = self._whole("unbroken", self.phase.verb, *self.phase.flags)
+    for row in self._rows("unbroken", 0):
+      self._known[row["stage"], row["step"]] = row
+    self._unbroken = result_of(self.folder / "unbroken" / "run")
+
+  def _whole(self, life: str, verb: str, *flags: str) -> float:
+    """A run that nothing kills; the seconds it took."""
+    began = time.monotonic()
+    process = self._start(life, 0, None, verb, *flags)
+    process.join()
+    if process.exitcode:
+      raise SystemExit(f"{self.name} does not run by itself:\n"
+                       + self._said(life)[-3000:])
+    return time.monotonic() - began
+
+  def _start(self, life: str, number: int, kill: Kill | None, *words: str):
+    folder = self.folder / life
+    folder.mkdir(exist_ok=number > 0)
+    verb, *flags = words or (self.phase.verb, *self.phase.flags)
+    environment = {
+        "MCPO_CACHE": str(folder / "cache"), "MCPO_FAULT": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+        f"--xla_force_host_platform_device_count={self.phase.devices}"}
+    if kill and kill.point:
+      environment["MCPO_FAULT"] = f"{kill.point}@{kill.count}"
+    process = self._context.Process(target=attempt, args=(
+        [verb, *run_cases.TINY, *self._data, *flags,
+         f"--workdir={folder / 'run'}"], environment,
+        folder / "log", folder / f"{number}.jsonl"))
+    process.start()
+    return process
+
+  def _said(self, life: str) -> str:
+    return (self.folder / life / "log").read_text(errors="replace")
+
+  def _rows(self, life: str, number: int) -> list[dict[str, Any]]:
+    path = self.folder / life / f"{number}.jsonl"
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+  def live(self, kills: list[Kill]) -> tuple[list[Outcome], list[Kill]]:
+    """One run under these kills; what became of them, and those whose place
+    was never reached."""
+    self._lives += 1
+    life = f"life {self._lives}"
+    workdir = self.folder / life / "run"
+    outcomes, missed, done = [], [], set()
+    pending: Outcome | None = None
+    verified: dict[str, int] = {}
+    for number, kill in enumerate([*kills, None]):
+      began = time.monotonic()
+      process = self._start(life, number, kill)
+      process.join(kill.seconds if kill and kill.point is None else None)
+      if process.exitcode is None:
+        process.kill()
+        process.join()
+      rows = self._rows(life, number)
+      self._compare(rows, f"{life}, attempt {number}")
+      if pending is not None:
+        steps = {(row["stage"], row["step"]) for row in rows}
+        outcomes.append(pending._replace(
+            restart_seconds=rows[0]["at"] - began if rows else None,
+            redone=len(steps & done), lost=self._lost(verified, rows)))
+        pending = None
+      done = {(row["stage"], row["step"]) for row in rows}
+      if process.exitcode == 0:
+        missed = [] if kill is None else kills[number:]
+        break
+      if process.exitcode != -signal.SIGKILL:
+        self.problems.append(
+            f"{self.name} ends with {process.exitcode}: "
+            + self._said(life).strip().splitlines()[-1])
+        break
+      now = verified_steps(workdir)
+      for stage, step in verified.items():
+        if now.get(stage, -1) < step:
+          self.problems.append(f"{self.name}: step {step} of {stage} is gone")
+      verified = now
+      pending = Outcome(self.name, kill.point or "random", None, 0, 0)
+    self._compare_results(result_of(workdir), life)
+    return outcomes, missed
+
+  def _compare(self, rows, where: str) -> None:
+    """Every hash of every update against those of the unbroken run."""
+    self.updates += len(rows)
+    for row in rows:
+      known = self._known.get((row["stage"], row["step"]), {})
+      other = [key for key in ("params", "state", "batch", "negatives")
+               if known.get(key) != row[key]]
+      if other:
+        self.problems.append(
+            f"{self.name}, {where}: {', '.join(other)} of {row['stage']} "
+            f"{row['step']} differ")
+
+  def _compare_results(self, result: dict[str, str], life: str) -> None:
+    for name in sorted(result.keys() | self._unbroken.keys()):
+      if result.get(name) != self._unbroken.get(name):
+        self.problems.append(f"{self.name}, {life}: {name} differs")
+
+  def _lost(self, verified: dict[str, int], rows) -> int:
+    """Verified steps that an attempt did again."""
+    first = {}
+    for row in rows:
+      first.setdefault(row["stage"], row["step"])
+    return sum(max(0, step + 1 - first[stage])
+               for stage, step in verified.items() if stage in first)
+
+
+def verified_steps(workdir: pathlib.Path) -> dict[str, int]:
+  """Stage -> the newest step on disk whose content is what was written."""
+  newest = {}
+  for stage in ("sft", "preference"):
+    for path in (workdir / stage / "checkpoints").glob("[0-9]*"):
+      try:
+        commit.verify(path)
+      except (errors.CheckpointError, ValueError):
+        continue
+      newest[stage] = max(newest.get(stage, 0), int(path.name))
+  return newest
+
+
+# Told of one launch, or with times and speeds in it. What a manifest says of
+# other files is seen of these.
+_OWN = (".lock", "launches.jsonl", "report.html", commit.MANIFEST)
+_SPEEDS = re.compile("time|perf/.*|generate/(seconds|tokens_per_sec)")
+
+
+def result_of(workdir: pathlib.Path) -> dict[str, str]:
+  """File -> SHA-256 of what a run leaves: all but checkpoints, with the
+  metrics without times and speeds."""
+  out = {}
+  for path in sorted(workdir.rglob("*")):
+    name = str(path.relative_to(workdir))
+    if not path.is_file() or "checkpoints/" in name or path.name in _OWN:
+      continue
+    if name == "metrics.jsonl":
+      rows = [{key: value for key, value in json.loads(line).items()
+               if not _SPEEDS.fullmatch(key)}
+              for line in path.read_text().splitlines()]
+      text = json.dumps(rows).encode()
+    else:
+      text = path.read_bytes().replace(str(workdir).encode(), b"")
+    out[name] = hashlib.sha256(text).hexdigest()
+  return out
+
+
+# --- the soak -----------------------------------------------------------------
+
+
+def plan(phase: Phase, kills: int, rng: random.Random) -> list[str | None]:
+  """Two of three at named points, each of them before any comes again, and
+  the others, None, at random times; in the order they are met."""
+  named, points = [], list(phase.points)
+  while len(named) < kills - kills // 3:
+    named += rng.sample(points, len(points))
+  named = named[:kills - kills // 3]
+  named.sort(key=points.index)
+  for _ in range(kills // 3):
+    named.insert(rng.randrange(len(named) + 1), None)
+  return named
+
+
+def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
+  """Lives of one phase until all its kills have happened."""
+  phase.run_unbroken()
+  wanted, outcomes = plan(phase.phase, num_kills, rng), []
+  for tries in range(10):
+    if not wanted:
+      break
+    some, wanted = wanted[:20], wanted[20:]
+    kills = []
+    for name in some:
+      most = 1 if tries > 2 else phase.phase.points.get(name)
+      kills.append(
+          Kill(name, rng.randint(1, most)) if name
+          else Kill(None, seconds=rng.uniform(0.1, 0.8 * phase.seconds)))
+    found, missed = phase.live(kills)
+    outcomes += found
+    wanted = [kill.point for kill in missed] + wanted
+    print(f"{phase.name}: {len(outcomes)} of {num_kills}", flush=True)
+  if wanted:
+    phase.problems.append(f"{phase.name}: never reached: {wanted}")
+  return outcomes
+
+
+def table(phases: list[Phases], outcomes: list[Outcome]) -> str:
+  """Markdown: a line per phase and per point."""
+  lines = [
+      "| phase | kills | at named points | at random times | verified steps "
+      "lost | updates compared | restart to first update, median | updates "
+      "done again, mean (max) | wrong |", "|---" * 9 + "|"]
+  problems = [problem for phase in phases for problem in phase.problems]
+  for name, some, own in [
+      *((p.name, [o for o in outcomes if o.phase == p.name], [p])
+        for p in phases), ("all", outcomes, phases)]:
+    at_random = sum(o.point == "random" for o in some)
+    seconds = [o.restart_seconds for o in some if o.restart_seconds]
+    redone = [o.redone for o in some]
+    lines.append(
+        f"| {name} | {len(some)} | {len(some) - at_random} | {at_random} | "
+        f"{sum(o.lost for o in some)} | {sum(p.updates for p in own)} | "
+        + (f"{np.median(seconds):.1f} s" if seconds else "–")
+        + f" | {np.mean(redone):.1f} ({max(redone)}) | "
+        f"{sum(len(p.problems) for p in own)} |")
+  counts = collections.Counter(o.point for o in outcomes)
+  lines += ["", "Kills by point: " + ", ".join(
+      f"`{name}` {count}" for name, count in sorted(counts.items())) + "."]
+  return "\n".join([*lines, *(f"\n- {problem}" for problem in problems)]) + "\n"
+
+
+def parse() -> argparse.Namespace:
+  """The command line."""
+  parser = argparse.ArgumentParser(
+      description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+  parser.add_argument("--kills", type=int, default=50, help="of all phases")
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--phases", default=",".join(PHASES))
+  parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
+  parser.add_argument("--folder", help="of the runs, kept")
+  parser.add_argument("--out", help="file for the table")
+  return parser.parse_args()
+
+
+def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
+  """All phases; prints the table. Whether nothing was wrong."""
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["__main__"])
+  names = options.phases.split(",")
+  phases = [Phases(name, folder, context) for name in names]
+  shares = [options.kills // len(names) + (i < options.kills % len(names))
+            for i in range(len(names))]
+  with concurrent.futures.ThreadPoolExecutor(options.lanes) as pool:
+    lives = [
+        pool.submit(soak, phase, share,
+                    random.Random(f"{options.seed} {phase.name}"))
+        for phase, share in zip(phases, shares)]
+    outcomes = [one for life in lives for one in life.result()]
+  text = table(phases, outcomes)
+  print(text)
+  if options.out:
+    pathlib.Path(options.out).write_text(text)
+  return not any(phase.problems for phase in phases) and not any(
+      one.lost for one in outcomes)
+
+
+if __name__ == "__main__":
+  typed = parse()
+  with tempfile.TemporaryDirectory() as temporary:
+    fine = soak_all(typed, pathlib.Path(typed.folder or temporary))
+  sys.exit(not fine)
