@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from configs import default
-from mcpo_jax import main, settings, sharding, types
+from mcpo_jax import config_file, settings, sharding, types
 from mcpo_jax.models import flops
 from mcpo_jax.training import architecture, setup, step
 from mcpo_jax.training import batch as batch_lib
@@ -146,7 +146,7 @@ def open_job(
     vocab_size = shape.pop("vocab_size")
     config.model.update(shape)
   for key, text in overrides:
-    main.override(config, key, text)
+    config_file.override(config, key, text)
   config = settings.resolve(config.to_dict())
   tokenizer = std_types.SimpleNamespace(
       vocab_size=vocab_size, pad_id=0, bos_id=1, stop_ids=(2,))

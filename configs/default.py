@@ -556,6 +556,8 @@ def get_config() -> ml_collections.ConfigDict:
   checkpoint.keep = 3
   # Also keep the one that evaluated best, and export that one.
   checkpoint.keep_best = False
+  # A save that takes longer ends the run: the storage hangs.
+  checkpoint.timeout_seconds = 1800.0
 
   # --- Export -----------------------------------------------------------------
   export = config.export = ml_collections.ConfigDict()

@@ -1,20 +1,58 @@
-"""Preference optimization by contrastive divergence, in JAX."""
+"""Preference optimization by contrastive divergence, in JAX.
+
+    config = mcpo_jax.load_config("configs/quickstart.py", {"num_epochs": 1.0})
+    run = mcpo_jax.train(config, "runs/quickstart")
+    run.summary["score/difference"]
+    run.model().generate(["name[Red Maple], type[inn]"]).text
+
+What stands here is the public interface; `python -m mcpo_jax` calls the same
+functions. A name is imported when it is used: settings are checked before JAX
+is imported.
+"""
 
 import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# Imported on first use: settings are checked before JAX is imported.
+if TYPE_CHECKING:
+  from mcpo_jax.api import Model, Run, load_config, load_model, loss, train
+  from mcpo_jax.errors import McpoError
+  from mcpo_jax.kernels import exact
+  from mcpo_jax.kernels.mc import draw
+  from mcpo_jax.kernels.sets import make_sets
+  from mcpo_jax.objectives.check import check_objective
+  from mcpo_jax.user_code import kernel, objective, reward
+else:
+  def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+      raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place, _, attribute = _PLACES[name].partition(":")
+    module = importlib.import_module(place)
+    return getattr(module, attribute) if attribute else module
+
 _PLACES = {
-    "check_objective": "mcpo_jax.objectives.check",
-    "objective": "mcpo_jax.user_code",
+    "McpoError": "mcpo_jax.errors:McpoError",
+    "Model": "mcpo_jax.api:Model",
+    "Run": "mcpo_jax.api:Run",
+    "check_objective": "mcpo_jax.objectives.check:check_objective",
+    "draw": "mcpo_jax.kernels.mc:draw",
+    "exact": "mcpo_jax.kernels.exact:",
+    "kernel": "mcpo_jax.user_code:kernel",
+    "load_config": "mcpo_jax.api:load_config",
+    "load_model": "mcpo_jax.api:load_model",
+    "loss": "mcpo_jax.api:loss",
+    "make_sets": "mcpo_jax.kernels.sets:make_sets",
+    "objective": "mcpo_jax.user_code:objective",
+    "reward": "mcpo_jax.user_code:reward",
+    "train": "mcpo_jax.api:train",
 }
 
-
-def __getattr__(name: str):
-  if name not in _PLACES:
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  return getattr(importlib.import_module(_PLACES[name]), name)
+__all__ = [
+    "McpoError", "Model", "Run", "check_objective", "draw", "exact", "kernel",
+    "load_config", "load_model", "loss", "make_sets", "objective", "reward",
+    "train",
+]
 
 
 def __dir__() -> list[str]:

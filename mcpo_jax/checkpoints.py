@@ -2,59 +2,211 @@
 
 Orbax marks a step complete by its folder's name alone and does not check
 content, so a step counts only with a manifest that holds the SHA-256 of each
-of its files and is written after everything else (`commit`). Of several
-processes each writes its own shards of the arrays, and the first one decides
-which steps count and which go.
+of its files and is written after everything else (`commit`). Arrays are stored
+plain, so the hash of a file is the hash of a piece of one array: it is taken
+from memory and from the disk, and both must agree. Of several processes each
+hashes the pieces that it holds, and the first one decides which steps count
+and which go.
 """
 
+import hashlib
+import json
+import math
 import pathlib
+import re
+import shutil
+import threading
+import time
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mcpo_jax import commit, errors, hosts
+from mcpo_jax import commit, errors, faults, hosts
+
+TIMEOUT_SECONDS = 1800.0
+_ITEM = "default"  # orbax's folder of the arrays
+_NEWEST = "newest.json"  # the last step that was committed here
+_METADATA = re.compile(
+    r"(_METADATA|_CHECKPOINT_METADATA|_sharding|\.zarray|commit_success\.txt|"
+    r"process_\d+)$")
+_BLOCK = 4096  # of a file system
+
+
+def leaves_of(tree: Any) -> dict[str, Any]:
+  """Name -> leaf, by the names that orbax gives their folders."""
+
+  def word(key):
+    for name in ("name", "key", "idx"):
+      if hasattr(key, name):
+        return str(getattr(key, name))
+    raise TypeError(f"no name: {key!r}")
+
+  return {".".join(map(word, path)): leaf for path, leaf in
+          jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def size_of(tree: Any) -> int:
+  """Bytes that a checkpoint of arrays, or of their shapes, has on disk."""
+  total = 16 * _BLOCK  # orbax's own files and the manifest
+  for leaf in jax.tree.leaves(tree):
+    pieces = 1
+    if getattr(leaf, "sharding", None) is not None:
+      pieces = len(set(map(str, leaf.sharding.devices_indices_map(
+          leaf.shape).values())))
+    size = math.ceil(math.prod(leaf.shape) * leaf.dtype.itemsize / pieces)
+    total += pieces * math.ceil(size / _BLOCK) * _BLOCK + 2 * _BLOCK
+  return total
+
+
+class _Save:
+  """One save under way."""
+
+  def __init__(self, step, meta, state, timeout):
+    self.step, self.meta = step, meta
+    self.size = size_of(state)
+    self.leaves = {
+        name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
+        for name, leaf in leaves_of(state).items()}
+    # What this process holds, on the host: (start, array) of each shard.
+    self.shards = _host_shards(state)
+    self.deadline = time.monotonic() + timeout
+    self.phase = "writing arrays"
+    self.error: BaseException | None = None
+    self.thread: threading.Thread | None = None
+
+
+def _host_shards(state: Any) -> dict[str, list[tuple[tuple, np.ndarray]]]:
+  """Name -> (where it begins, values) of each shard that no other process or
+  device holds too. Orbax takes the same copies."""
+  shards = {name: [s for s in leaf.addressable_shards if s.replica_id == 0]
+            for name, leaf in leaves_of(state).items()}
+  for shard in (s for own in shards.values() for s in own):
+    shard.data.copy_to_host_async()
+  return {
+      name: [(tuple(cut.start or 0 for cut in s.index), np.asarray(s.data))
+             for s in own] for name, own in shards.items()}
 
 
 class Checkpointer:
   """Saves and restores one stage's steps under `folder`.
 
-  Saving is asynchronous: arrays are copied off the device, written by a
-  thread, and committed at the next call of `poll`, `save` or `close`.
+  Saving is asynchronous: arrays are copied off the device; a thread writes,
+  hashes and commits them and removes old steps. An error of that thread comes
+  at the next call of `poll`, `save` or `close`.
   """
 
-  def __init__(self, folder: pathlib.Path, *, keep: int):
-    """`keep` committed steps are retained, besides protected ones."""
+  def __init__(
+      self, folder: pathlib.Path, *, keep: int,
+      timeout: float = TIMEOUT_SECONDS, finite: tuple[str, ...] = ("params",),
+  ):
+    """Makes the folder, and removes what killed saves left.
+
+    Args:
+      folder: of the steps; the caller is its only writer.
+      keep: committed steps that are retained, at least 2, besides a protected
+        one.
+      timeout: seconds that a save may take.
+      finite: parts of the state whose values must be finite.
+
+    Raises:
+      ResourceError: ckpt.path.
+    """
+    assert keep >= 2, keep
     self._folder = pathlib.Path(folder).resolve()
-    self._keep = keep
+    self._keep, self._timeout, self._finite = keep, timeout, finite
     self._protected: int | None = None
-    self._pending: tuple[int, dict[str, Any]] | None = None
+    self._save: _Save | None = None
+    self._given_up = False
+    self._verified: set[int] = set()  # in the first process
+    self._checks = 0
+    hosts.from_first("checkpoints", self._prepare)
     self._manager = ocp.CheckpointManager(
-        self._folder, options=ocp.CheckpointManagerOptions(create=True))
+        self._folder, options=ocp.CheckpointManagerOptions(create=True),
+        item_handlers=ocp.PyTreeCheckpointHandler(
+            use_ocdbt=False, use_compression=False))
+
+  def _prepare(self) -> None:
+    try:
+      self._folder.mkdir(parents=True, exist_ok=True)
+      probe = self._folder / ".probe"
+      probe.write_bytes(b"")
+      probe.unlink()
+    except OSError as e:
+      raise commit.storage_error(e, self._folder) from e
+    commit.sweep(self._folder)
+    for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+      shutil.rmtree(path, ignore_errors=True)
 
   def steps(self) -> list[int]:
     """Committed steps, ascending (their content not yet verified)."""
-    return sorted(s for s in self._manager.all_steps()
-                  if (self._step_folder(s) / commit.MANIFEST).exists())
+    return steps(self._folder)
+
+  def _all(self) -> list[int]:
+    return sorted(int(p.name) for p in self._folder.iterdir()
+                  if p.name.isdecimal())
 
   def _step_folder(self, step: int) -> pathlib.Path:
     return self._folder / str(step)
 
+  def check_room(self, state: Any, *, best: bool) -> None:
+    """Looks at the start whether the disk holds what will be kept.
+
+    Args:
+      state: arrays or their shapes.
+      best: whether one more step will be protected.
+
+    Raises:
+      ResourceError: ckpt.disk_full.
+    """
+
+    def check():
+      count = self._keep + 1 + best  # one is being written
+      there = sum(p.stat().st_size for p in self._folder.rglob("*")
+                  if p.is_file())
+      want = max(0, count * size_of(state) - there)
+      free = commit.free_bytes(self._folder)
+      if free < want:
+        raise errors.ResourceError(
+            "ckpt.disk_full", f"the disk does not hold {count} checkpoints of "
+            f"{size_of(state)} bytes", where=str(self._folder),
+            got=f"{free} bytes free", want=f"{want} bytes",
+            hint="free some space, or lower checkpoint.keep")
+
+    hosts.from_first("room on the disk", check)
+
+  # --- saving -----------------------------------------------------------------
+
   def save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
-    """Starts to save; a save under way is finished first."""
+    """Starts to save; a save under way is finished first.
+
+    Raises:
+      ResourceError: ckpt.disk_full, ckpt.timeout; of this save or the last.
+      CheckpointError: ckpt.not_saved. NonFiniteError: ckpt.non_finite.
+    """
     self._finish()
-    if not self._manager.save(
-        step, args=ocp.args.StandardSave(state), force=True):
-      raise errors.CheckpointError(
-          "ckpt.not_saved", "orbax refused to save", where=str(self._folder),
-          got=step)
-    self._pending = (step, meta | {"step": step})
+    save = _Save(step, meta | {"step": step}, state, self._timeout)
+    try:
+      faults.point("ckpt.begin")
+      self._manager.save(step, args=ocp.args.PyTreeSave(state), force=True)
+    except Exception as e:
+      raise self._as_ours(e, save) from e
+    self._save = save
+    save.thread = threading.Thread(
+        target=self._commit, args=(save,), daemon=True)
+    save.thread.start()
 
   def poll(self) -> None:
-    """Surfaces errors of a save under way and commits it if it is done."""
-    self._manager.check_for_errors()
-    if self._pending and not hosts.from_first(
-        "a save", self._manager.is_saving_in_progress):
+    """Surfaces errors of a save under way, and that it takes too long."""
+    if self._save is None:
+      return
+    if self._save.error is not None or time.monotonic() > self._save.deadline:
+      self._finish()
+    if hosts.from_first(
+        "a save", lambda: not self._save.thread.is_alive()):
       self._finish()
 
   def protect(self, step: int | None) -> None:
@@ -62,77 +214,273 @@ class Checkpointer:
     self._protected = step
 
   def _finish(self) -> None:
-    if self._pending is None:
+    """Waits for the save under way and raises what it ended with."""
+    if self._save is None:
       return
-    self._manager.wait_until_finished()
-    self._manager.check_for_errors()
-    step, meta = self._pending
-    commit.write_manifest(self._step_folder(step), meta)
-    self._pending = None
-    for old in hosts.from_first(
-        "a checkpoint", lambda: self.steps()[:-self._keep]):
-      if old != self._protected:
-        self._manager.delete(old)
+    save, self._save = self._save, None
+    while save.thread.is_alive() and save.error is None:
+      save.thread.join(min(1.0, max(0.0, save.deadline - time.monotonic())))
+      if save.thread.is_alive() and time.monotonic() > save.deadline:
+        self._given_up = True
+        raise errors.ResourceError(
+            "ckpt.timeout", f"a save takes too long, while {save.phase}",
+            where=str(self._step_folder(save.step)),
+            want=f"within {self._timeout:g} s",
+            hint="look at the disk, or raise checkpoint.timeout_seconds")
+    if save.error is not None:
+      raise self._as_ours(save.error, save) from save.error
+    hosts.wait_for_first("a save")
+
+  def _as_ours(self, error: BaseException, save: _Save) -> errors.McpoError:
+    if isinstance(error, errors.McpoError):
+      return error
+    place = self._step_folder(save.step)
+    ours = commit.storage_error(error, place, save.size)
+    if ours.slug == "ckpt.disk_full" or isinstance(error, OSError):
+      return ours
+    return errors.CheckpointError(
+        "ckpt.not_saved", ours.message, where=str(place),
+        got=type(error).__name__)
+
+  def _commit(self, save: _Save) -> None:
+    """The thread of a save."""
+    try:
+      self._check_finite(save)
+      self._manager.wait_until_finished()
+      faults.point("ckpt.shard")
+      save.phase = "hashing files"
+      folder = self._step_folder(save.step)
+      own = self._hash_own(save, folder)
+      save.phase = "waiting for the other processes"
+      told = hosts.to_first(f"save/{folder}", own)
+      save.shards = {}
+      if told is None:
+        return
+      save.phase = "committing"
+      files = {name: entry for part in told for name, entry in part.items()}
+      rest = [n for n in commit.files_of(folder) if n not in files]
+      files |= commit.hash_files(folder, rest)
+      commit.write_manifest(
+          folder, save.meta, files=dict(sorted(files.items())),
+          leaves=save.leaves, point="ckpt")
+      commit.write_file(
+          self._folder / _NEWEST, json.dumps({"step": save.step}))
+      self._verified.add(save.step)
+      save.phase = "removing old steps"
+      self._retain()
+    except BaseException as e:  # told in the main thread
+      save.error = e
+
+  def _check_finite(self, save: _Save) -> None:
+    for name, shards in save.shards.items():
+      if name.split(".")[0] not in self._finite:
+        continue
+      for _, array in shards:
+        if not _is_finite(array):
+          raise errors.NonFiniteError(
+              "ckpt.non_finite", "a weight is NaN or infinite, and is not "
+              "saved", where=f"{self._step_folder(save.step)}: {name}")
+
+  def _hash_own(self, save: _Save, folder: pathlib.Path) -> dict[str, Any]:
+    """Name -> entry of the files that hold what this process has in memory.
+
+    Raises:
+      CheckpointError: ckpt.hash, the disk holds something else.
+    """
+    wanted = {}
+    for name, shards in save.shards.items():
+      for chunk, array in _pieces(folder / _ITEM / name, shards):
+        wanted[f"{_ITEM}/{name}/{chunk}"] = hashlib.sha256(
+            np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    entries = commit.hash_files(folder, wanted)
+    for name, entry in entries.items():
+      if entry["sha256"] != wanted[name]:
+        raise errors.CheckpointError(
+            "ckpt.hash", "the disk does not hold what was written",
+            where=str(folder / name), hint="check the disk")
+    return entries
+
+  def _retain(self) -> None:
+    """Removes old steps, once as many newer ones as are kept are verified."""
+    kept = 0
+    for step in reversed(self.steps()):
+      if kept >= self._keep:
+        if step != self._protected:
+          faults.point("ckpt.gc")
+          commit.remove_folder(self._step_folder(step))
+      elif step in self._verified or self._problem(step) is None:
+        kept += 1
+    if kept >= 2:
+      for path in self._folder.glob("*.damaged"):
+        shutil.rmtree(path, ignore_errors=True)
+
+  # --- restoring --------------------------------------------------------------
 
   def restore_latest(
       self, abstract_state: Any
   ) -> tuple[Any, dict[str, Any]] | None:
     """The newest step that verifies, and its meta; None if there is none.
 
-    Raises:
-      CheckpointError: ckpt.none_complete, if steps exist and none verifies.
-    """
-    step, meta, unfinished = hosts.from_first("a checkpoint", self._newest)
-    for one in unfinished:
-      self._manager.delete(one)
-    if step is None:
-      return None
-    return self._restore(step, abstract_state), meta
+    What is newer, and was never finished or is damaged, goes out of the way.
 
-  def _newest(self) -> tuple[int | None, dict[str, Any] | None, list[int]]:
-    """The newest step that verifies, its meta, and the steps above it."""
+    Raises:
+      CheckpointError: ckpt.none_complete, if steps exist or existed and none
+        verifies; ckpt.tree, ckpt.dtype, ckpt.optimizer: see `restore`.
+    """
     skipped = []
-    for step in reversed(self.steps()):
+    for step in reversed(hosts.from_first("checkpoints", self.steps)):
       try:
-        meta = commit.verify(self._step_folder(step))
-      except errors.CheckpointError as e:
+        state = self.restore(step, abstract_state)
+      except (errors.CheckpointError, errors.NonFiniteError) as e:
+        if e.slug in ("ckpt.tree", "ckpt.dtype", "ckpt.optimizer"):
+          raise
         logging.warning("checkpoint %d skipped: %s", step, e)
         skipped.append(str(e))
         continue
-      # What lies above was never finished or is damaged, and orbax saves no
-      # step below an existing one.
-      return step, meta, [s for s in self._manager.all_steps() if s > step]
-    if skipped:
+      self._clear_above(step)
+      return state, commit.read_manifest(self._step_folder(step))["meta"]
+    newest = self._folder / _NEWEST
+    if skipped or hosts.from_first("checkpoints", newest.exists):
       raise errors.CheckpointError(
           "ckpt.none_complete", "no checkpoint verifies",
-          where=str(self._folder), got="; ".join(skipped))
-    return None, None, list(self._manager.all_steps())  # none was finished
+          where=str(self._folder), got="; ".join(skipped) or (
+              "steps were committed here, and none is left"),
+          hint="restore a step from a copy, or use a fresh --workdir")
+    self._clear_above(-1)
+    return None
+
+  def _clear_above(self, step: int) -> None:
+    """Orbax writes no step over one that is there."""
+
+    def clear():
+      for other in self._all():
+        folder = self._step_folder(other)
+        if other > step and (folder / commit.MANIFEST).exists():
+          aside = folder.with_name(f"{other}.damaged")
+          shutil.rmtree(aside, ignore_errors=True)
+          folder.rename(aside)
+        elif other > step:
+          shutil.rmtree(folder)
+
+    hosts.from_first("checkpoints", clear)
+    self._manager.reload()
 
   def restore(self, step: int, abstract_state: Any) -> Any:
     """The verified arrays of one step, in the shapes and shardings asked for.
 
     Raises:
-      CheckpointError: the step is damaged, see `commit.verify`.
+      CheckpointError: the step is damaged, see `commit.verify`;
+        ckpt.step_mismatch, it is another one; ckpt.tree, ckpt.dtype,
+        ckpt.optimizer: it is of other arrays.
+      NonFiniteError: ckpt.non_finite.
     """
     self._finish()
-    hosts.from_first(
-        "a checkpoint", lambda: commit.verify(self._step_folder(step)))
-    return self._restore(step, abstract_state)
+    folder = self._step_folder(step)
+    self._agree(self._problem(step, *_part()))
+    self._check_tree(folder, abstract_state)
+    state, problem = None, None
+    try:
+      state = self._manager.restore(step, args=ocp.args.PyTreeRestore(
+          item=abstract_state,
+          restore_args=ocp.checkpoint_utils.construct_restore_args(
+              abstract_state)))
+    except Exception as e:  # though its files are those that were written
+      problem = errors.CheckpointError(
+          "ckpt.restore", str(e).split("\n")[0][:300], where=str(folder),
+          got=type(e).__name__)
+    self._agree(problem or self._value_problem(step, state))
+    self._verified.add(step)
+    return state
 
-  def _restore(self, step: int, abstract_state: Any) -> Any:
-    return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract_state))
+  def _agree(self, problem: errors.McpoError | None) -> None:
+    """Raises in all processes what one of them has found."""
+    self._checks += 1
+    told = hosts.to_first(
+        f"check/{self._folder}/{self._checks}",
+        problem and [type(problem).__name__, problem.slug, problem.message,
+                     problem.where, problem.got, problem.want])
+    found = hosts.from_first(
+        "a checkpoint", lambda: next(filter(None, told), None))
+    if found is not None:
+      kind, slug, message, where, got, want = found
+      raise getattr(errors, kind)(
+          slug, message, where=where, got=got, want=want)
+
+  def _problem(
+      self, step: int, part: int = 0, parts: int = 1
+  ) -> errors.CheckpointError | None:
+    """What is wrong with the files of a step."""
+    folder = self._step_folder(step)
+    try:
+      meta = commit.verify(folder, part=part, parts=parts, exact=True)
+    except errors.CheckpointError as e:
+      if e.slug == "ckpt.missing_data" and _METADATA.search(e.where):
+        e.slug = "ckpt.metadata"
+      return e
+    found = {meta["step"], meta.get("cursor", {}).get("step", step)}
+    if found != {step}:
+      return errors.CheckpointError(
+          "ckpt.step_mismatch", "the folder's name is another step than its "
+          "manifest says", where=str(folder), got=sorted(found), want=step)
+    return None
+
+  def _check_tree(self, folder: pathlib.Path, abstract_state: Any) -> None:
+    saved = commit.read_manifest(folder)["leaves"]
+    wanted = leaves_of(abstract_state)
+    optimizer = lambda names: all(n.startswith("opt_state.") for n in names)
+    lines = [
+        f"{n}: saved {saved.get(n, {}).get('shape')}, wanted "
+        f"{list(wanted[n].shape) if n in wanted else None}"
+        for n in sorted(saved.keys() | wanted.keys())
+        if n not in saved or n not in wanted
+        or saved[n]["shape"] != list(wanted[n].shape)]
+    if lines:
+      only = optimizer(line.split(":")[0] for line in lines)
+      raise errors.CheckpointError(
+          "ckpt.optimizer" if only else "ckpt.tree",
+          "the checkpoint is of another optimizer" if only
+          else "the checkpoint holds other arrays", where=str(folder),
+          got="; ".join(lines[:20]) + (
+              f"; and {len(lines) - 20} more" if len(lines) > 20 else ""),
+          hint="use the config that it was saved with, or a fresh --workdir")
+    other = [f"{n}: saved {saved[n]['dtype']}, wanted {leaf.dtype.name}"
+             for n, leaf in sorted(wanted.items())
+             if saved[n]["dtype"] != leaf.dtype.name]
+    if other:
+      raise errors.CheckpointError(
+          "ckpt.dtype", "the checkpoint is of other dtypes, and is not cast",
+          where=str(folder), got="; ".join(other[:20]),
+          hint="use the config that it was saved with, or a fresh --workdir")
+
+  def _value_problem(self, step: int, state: Any) -> errors.McpoError | None:
+    leaves, where = leaves_of(state), self._step_folder(step)
+    for name, leaf in leaves.items():
+      if name.split(".")[0] in self._finite and not all(
+          _is_finite(np.asarray(s.data)) for s in leaf.addressable_shards):
+        return errors.NonFiniteError(
+            "ckpt.non_finite", "a weight is NaN or infinite",
+            where=f"{where}: {name}")
+    if "step" in leaves and not leaves["step"].shape:
+      inside = int(np.asarray(leaves["step"].addressable_data(0)))
+      if inside != step:
+        return errors.CheckpointError(
+            "ckpt.step_mismatch", "the state is of another step than the "
+            "folder's name says", where=str(where), got=inside, want=step)
+    return None
 
   def close(self) -> None:
     """Commits what is under way."""
-    self._finish()
-    self._manager.close()
+    if not self._given_up:  # else it would wait on
+      self._finish()
+      self._manager.close()
 
 
 def steps(folder: pathlib.Path) -> list[int]:
   """Committed steps of a stage's checkpoints, ascending, not yet verified."""
-  return sorted(int(path.parent.name) for path in pathlib.Path(folder).glob(
-      f"*/{commit.MANIFEST}") if path.parent.name.isdecimal())
+  return sorted(
+      int(path.parent.name)
+      for path in pathlib.Path(folder).glob(f"*/{commit.MANIFEST}")
+      if path.parent.name.isdecimal())
 
 
 def read_params(folder: pathlib.Path, step: int, shapes: Any) -> Any:
@@ -149,3 +497,28 @@ def read_params(folder: pathlib.Path, step: int, shapes: Any) -> Any:
           wanted, partial_restore=True,
           restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
   return restored["params"]
+
+
+def _part() -> tuple[int, int]:
+  return hosts.index(), hosts.count()
+
+
+def _is_finite(array: np.ndarray) -> bool:
+  return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
+
+
+def _pieces(
+    folder: pathlib.Path, shards: list[tuple[tuple, np.ndarray]]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """(file name, values) of the chunks of an array that lie in one shard."""
+  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
+  for start, array in shards:
+    counts = [n // size for n, size in zip(array.shape, sizes)]
+    if any(n % size for n, size in zip(
+        (*start, *array.shape), (*sizes, *sizes))):
+      continue
+    for index in np.ndindex(*counts):
+      cut = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, sizes))
+      name = ".".join(str(first // n + i)
+                      for first, n, i in zip(start, sizes, index))
+      yield name or "0", array[cut]

@@ -1,32 +1,49 @@
 """Folders that are whole or not there: temp, hash, fsync, manifest, rename.
 
 A folder counts as committed only with its `manifest.json`, which holds the
-size and SHA-256 of every other file in it and is written last. Of several
-processes the first alone writes: what writes here does nothing in the others,
-which wait for it with `hosts`.
+size and SHA-256 of every other file in it, and its own, and is written last.
+Of several processes the first alone writes: what writes here does nothing in
+the others, which wait for it with `hosts`.
 """
 
+import concurrent.futures
+import datetime
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
+import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from mcpo_jax import errors, hosts
+from mcpo_jax import errors, faults, hosts
 
 MANIFEST = "manifest.json"
+VERSION = 2  # of the manifest
+_UNSAFE = (".pkl", ".pickle", ".pt", ".pth", ".bin", ".npy", ".ckpt")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<pid>\d+)@(?P<host>.+)\.[0-9a-f]{8}"
+    r"(?P<old>\.old)?\.tmp")
+_THREADS = 4  # that hash; hashing lets other threads run
+
+
+# --- files --------------------------------------------------------------------
 
 
 def file_sha256(path: pathlib.Path) -> str:
-  """Hex SHA-256 of a file, read in 1 MiB pieces."""
+  """Hex SHA-256 of a file, read in pieces."""
   with open(path, "rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: pathlib.Path) -> None:
+def sync(path: pathlib.Path) -> None:
+  """Has the disk hold a file, or the names in a folder."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)
@@ -34,68 +51,220 @@ def _fsync(path: pathlib.Path) -> None:
     os.close(descriptor)
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-  return sorted(p for p in folder.rglob("*") if p.is_file()
-                and p != folder / MANIFEST)
+def files_of(folder: pathlib.Path) -> list[str]:
+  """Names below a folder of all its files but the manifest, sorted."""
+  return sorted(
+      str(p.relative_to(folder)) for p in folder.rglob("*")
+      if (p.is_file() or p.is_symlink()) and p != folder / MANIFEST)
+
+
+def hash_files(
+    folder: pathlib.Path, names: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+  """Name -> size and SHA-256 of files that the disk then holds."""
+
+  def entry(name):
+    path = folder / name
+    sync(path)
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+  names = list(names)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return dict(zip(names, pool.map(entry, names)))
+
+
+def storage_error(
+    error: BaseException, where: pathlib.Path, needed: int | None = None
+) -> errors.ResourceError:
+  """What a user is told when a disk refuses.
+
+  Args:
+    error: of the file system, or of a library that tells it in words.
+    where: the file or folder that was written.
+    needed: bytes, if known.
+  """
+  words = ("no space left", "file too large", "quota exceeded",
+           "resource_exhausted")
+  text = str(error).lower()
+  if getattr(error, "errno", None) in _FULL or any(w in text for w in words):
+    return errors.ResourceError(
+        "ckpt.disk_full", "the disk is full", where=str(where),
+        got=f"{free_bytes(where)} bytes free",
+        want="more" if needed is None else f"{needed} bytes",
+        hint="free some space; the same line goes on")
+  return errors.ResourceError(
+      "ckpt.path", str(error).split("\n")[0][:300], where=str(where))
+
+
+def free_bytes(path: pathlib.Path) -> int:
+  """What is left on the disk that holds a path, there or still to be made."""
+  while not path.exists():
+    path = path.parent
+  return shutil.disk_usage(path).free
 
 
 def write_file(path: pathlib.Path, text: str) -> None:
-  """Replaces a text file at once: a reader sees the old or the new one."""
+  """Replaces a text file at once: a reader sees the old or the new one.
+
+  Raises:
+    ResourceError: ckpt.disk_full, ckpt.path.
+  """
   if not hosts.is_first():
     return
-  temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-  temporary.write_text(text, encoding="utf-8")
-  _fsync(temporary)
-  os.replace(temporary, path)
-  _fsync(path.parent)
+  temporary = _temporary(path)
+  try:
+    temporary.write_text(text, encoding="utf-8")
+    sync(temporary)
+    os.replace(temporary, path)
+    sync(path.parent)
+  except OSError as e:
+    temporary.unlink(missing_ok=True)
+    raise storage_error(e, path, len(text)) from e
 
 
-def write_manifest(folder: pathlib.Path, meta: dict[str, Any]) -> None:
-  """Hashes what lies in `folder` and commits it by writing the manifest."""
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """A sibling to write to; its name says who does."""
+  return path.with_name(
+      f".{path.name}.{os.getpid()}@{socket.gethostname()}."
+      f"{uuid.uuid4().hex[:8]}.tmp")
+
+
+# --- the manifest -------------------------------------------------------------
+
+
+def _render(body: dict[str, Any]) -> str:
+  digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+  return json.dumps({"sha256": digest, **body}, indent=1)
+
+
+def write_manifest(
+    folder: pathlib.Path,
+    meta: dict[str, Any],
+    *,
+    files: dict[str, Any] | None = None,
+    leaves: dict[str, Any] | None = None,
+    point: str = "folder",
+) -> None:
+  """Commits what lies in `folder` by writing its manifest.
+
+  Args:
+    folder: with all its files.
+    meta: whatever belongs to it, JSON.
+    files: from `hash_files`; None: all are hashed here.
+    leaves: of arrays, what lies in which files.
+    point: fault points are `<point>.manifest`, `<point>.rename`.
+  """
   if not hosts.is_first():
     return
-  entries = {}
-  for path in _files(folder):
-    _fsync(path)
-    entries[str(path.relative_to(folder))] = {
-        "bytes": path.stat().st_size, "sha256": file_sha256(path)}
-  write_file(folder / MANIFEST,
-             json.dumps({"meta": meta, "files": entries}, indent=1))
+  if files is None:
+    files = hash_files(folder, files_of(folder))
+  for inner in {(folder / name).parent for name in files} | {folder}:
+    sync(inner)
+  faults.point(f"{point}.manifest")
+  body = {"version": VERSION, "meta": meta, "files": files}
+  if leaves is not None:
+    body["leaves"] = leaves
+  write_file(folder / MANIFEST, _render(body))
 
 
-def verify(folder: pathlib.Path) -> dict[str, Any]:
-  """Checks every file of a committed folder against its manifest.
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+  """The manifest of a committed folder, itself unharmed.
+
+  Raises:
+    CheckpointError: ckpt.uncommitted, ckpt.metadata, ckpt.version.
+  """
+  path = folder / MANIFEST
+  try:
+    text = path.read_bytes().decode()
+    body = json.loads(text)
+    version = body["version"]
+    del body["sha256"]
+    whole = _render(body) == text
+  except (FileNotFoundError, NotADirectoryError):
+    raise errors.CheckpointError(
+        "ckpt.uncommitted", "no manifest: the write was never finished",
+        where=str(folder)) from None
+  except (ValueError, KeyError, TypeError, RecursionError):
+    version, whole = VERSION, False
+  if version != VERSION:
+    raise errors.CheckpointError(
+        "ckpt.version", "written by another version", where=str(path),
+        got=version, want=VERSION, hint="use a fresh --workdir or cache")
+  if not whole:
+    raise errors.CheckpointError(
+        "ckpt.metadata", "the manifest is damaged", where=str(path))
+  return body
+
+
+def verify(
+    folder: pathlib.Path, *, part: int = 0, parts: int = 1,
+    exact: bool = False,
+) -> dict[str, Any]:
+  """Checks the files of a committed folder against its manifest.
+
+  Args:
+    folder: to check.
+    part, parts: of several processes each hashes every parts-th file.
+    exact: whether a file that the manifest does not name is refused.
 
   Returns:
     The `meta` that was committed with it.
 
   Raises:
-    CheckpointError: ckpt.uncommitted, ckpt.missing_data or ckpt.hash, with the
-      file's path.
+    CheckpointError: with the file's path. ckpt.uncommitted, ckpt.metadata,
+      ckpt.version: of the manifest; ckpt.unsafe_path, a name or link leads
+      out; ckpt.incomplete or ckpt.missing_data, files are missing or cut;
+      ckpt.hash; ckpt.unsafe_format or ckpt.unexpected, a file is too many.
   """
-  manifest = folder / MANIFEST
-  try:
-    content = json.loads(manifest.read_text())
-    files, meta = content["files"], content["meta"]
-  except FileNotFoundError:
+  body = read_manifest(folder)
+  files = body["files"]
+  _check_names(folder, files, exact)
+  absent = [name for name in files if not (folder / name).is_file()]
+  if len(absent) > 1:
     raise errors.CheckpointError(
-        "ckpt.uncommitted", "no manifest: the write was never finished",
-        where=str(folder)) from None
-  except (ValueError, KeyError, TypeError):
-    raise errors.CheckpointError(
-        "ckpt.metadata", "the manifest is damaged",
-        where=str(manifest)) from None
+        "ckpt.incomplete", "files are missing", where=str(folder),
+        got=f"{len(absent)} of {len(files)} are missing: "
+        + ", ".join(absent[:20]))
   for name, entry in files.items():
     path = folder / name
-    if not path.is_file() or path.stat().st_size != entry["bytes"]:
+    size = path.stat().st_size if path.is_file() else None
+    if size != entry["bytes"]:
       raise errors.CheckpointError(
           "ckpt.missing_data", "a file is missing or cut", where=str(path),
-          got=path.stat().st_size if path.is_file() else None,
-          want=f"{entry['bytes']} bytes")
-    if file_sha256(path) != entry["sha256"]:
+          got=size, want=f"{entry['bytes']} bytes")
+  own = list(files)[part::parts]
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    hashes = pool.map(lambda name: file_sha256(folder / name), own)
+    for name, digest in zip(own, hashes):
+      if digest != files[name]["sha256"]:
+        raise errors.CheckpointError(
+            "ckpt.hash", "a file changed since it was written",
+            where=str(folder / name))
+  return body["meta"]
+
+
+def _check_names(folder, files, exact) -> None:
+  """Names and links stay inside; with `exact` nothing else lies there."""
+  root = folder.resolve()
+  for name in files:
+    path = folder / name
+    inside = not pathlib.PurePath(name).is_absolute() and (
+        ".." not in pathlib.PurePath(name).parts)
+    if not inside or path.is_symlink() or (
+        not path.resolve().is_relative_to(root)):
       raise errors.CheckpointError(
-          "ckpt.hash", "a file changed since it was written", where=str(path))
-  return meta
+          "ckpt.unsafe_path", "a name or link leads out of the folder",
+          where=str(folder), got=name)
+  for name in sorted(set(files_of(folder)) - files.keys()) if exact else ():
+    unsafe = pathlib.PurePath(name).suffix in _UNSAFE
+    raise errors.CheckpointError(
+        "ckpt.unsafe_format" if unsafe else "ckpt.unexpected",
+        "a pickled file, which is never opened" if unsafe
+        else "a file that was not there when it was written",
+        where=str(folder / name))
+
+
+# --- folders ------------------------------------------------------------------
 
 
 def write_folder(
@@ -104,21 +273,27 @@ def write_folder(
     meta: dict[str, Any],
     *,
     replace: bool = False,
+    point: str = "folder",
 ) -> None:
   """Fills a temporary sibling by `write`, commits it, renames it to `folder`.
 
   A folder that is there already stays, as one of the same content that another
   process has made meanwhile; with `replace` it goes when the new one is whole.
+
+  Raises:
+    ResourceError: ckpt.disk_full, ckpt.path.
   """
   if not hosts.is_first():
     return
   folder = pathlib.Path(folder)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-  temporary.mkdir()
+  temporary = _temporary(folder)
   try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary.mkdir()
+    faults.point(f"{point}.write")
     write(temporary)
-    write_manifest(temporary, meta)
+    write_manifest(temporary, meta, point=point)
+    faults.point(f"{point}.rename")
     old = temporary.with_suffix(".old.tmp")
     if replace and folder.exists():
       os.rename(folder, old)
@@ -130,7 +305,91 @@ def write_folder(
         raise
       if not (folder / MANIFEST).exists():
         raise
-    _fsync(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+  except OSError as e:
+    raise storage_error(e, folder) from e
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(folder: pathlib.Path) -> None:
+  """Takes a folder away: what is left of it at any moment is uncommitted."""
+  (folder / MANIFEST).unlink(missing_ok=True)
+  shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep(folder: pathlib.Path) -> None:
+  """Removes what killed writers left in a folder and those below; a folder
+  that was about to be replaced comes back.
+
+  Writers are told by the names of their temporary files: those of this host
+  that no longer live have no use for theirs.
+  """
+  if not hosts.is_first() or not folder.exists():
+    return
+  for path in list(folder.rglob(".*.tmp")):
+    found = _TEMPORARY.fullmatch(path.name)
+    if not found or found["host"] != socket.gethostname() or _lives(
+        int(found["pid"])):
+      continue
+    target = path.with_name(found["name"])
+    if found["old"] and not target.exists():
+      os.rename(path, target)
+    elif path.is_dir():
+      shutil.rmtree(path, ignore_errors=True)
+    else:
+      path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+# --- one writer ---------------------------------------------------------------
+
+_locks: dict[pathlib.Path, Any] = {}  # open files; a lock ends with its process
+
+
+def lock(folder: pathlib.Path) -> None:
+  """Makes this process the only writer of a folder, until it ends.
+
+  The kernel holds the lock, so that a killed process leaves none; a note in
+  the file says whose it is.
+
+  Raises:
+    CheckpointError: ckpt.locked, with the holder's host, process and time.
+    ResourceError: ckpt.path.
+  """
+  if folder.resolve() in _locks:
+    return
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "a+")
+  except OSError as e:
+    raise storage_error(e, folder) from e
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError as e:
+    file.seek(0)
+    note = file.read()
+    file.close()
+    if e.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+      raise errors.ResourceError(
+          "ckpt.path", f"files here cannot be locked: {e}", where=str(folder),
+          hint="use a file system with flock") from e
+    raise errors.CheckpointError(
+        "ckpt.locked", "another process writes to this folder",
+        where=str(folder), got=note.strip()) from None
+  file.truncate(0)
+  now = datetime.datetime.now().isoformat(" ", "seconds")
+  file.write(json.dumps(
+      {"process": os.getpid(), "host": socket.gethostname(), "since": now}))
+  file.flush()
+  _locks[folder.resolve()] = file

@@ -67,6 +67,30 @@ KERNEL = {
 OWN_KERNEL = ("temperature", "temperature_schedule", "temperature_end",
                "score", "include_preferred")
 
+# Names that are no keys -> the key that is meant. A key of ours that is renamed
+# stands here for one version; what TRL calls otherwise stays.
+OTHER_NAMES = {
+    "beta": "objective.beta",
+    "loss_type": "objective.name",
+    "label_smoothing": "objective.label_smoothing",
+    "learning_rate": "optimizer.learning_rate",
+    "lr_scheduler_type": "optimizer.schedule",
+    "warmup_ratio": "optimizer.warmup_ratio",
+    "max_steps": "num_steps",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "batch_size",
+    "max_prompt_length": "data.max_prompt_length",
+    "max_completion_length": "data.max_completion_length",
+    "max_new_tokens": "generation.max_new_tokens",
+    "num_generations": "online.num_candidates",
+    "model_name_or_path": "model.path",
+    "ref_model": "reference.path",
+    "output_dir": "--workdir",
+    "logging_steps": "log.every_steps",
+    "save_steps": "checkpoint.every_steps",
+    "eval_steps": "evaluation.every_steps",
+}
+
 KEYS: dict[str, Setting] = {
     "seed": Setting(low=0, high=2**32 - 1),
     "stages": _ANY,
@@ -210,6 +234,7 @@ KEYS: dict[str, Setting] = {
     "checkpoint.every_steps": Setting(low=1, slug="config.retention"),
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,
+    "checkpoint.timeout_seconds": _POSITIVE,
     "export.dtype": or_none(_DTYPE),
     "log.every_steps": _COUNT,
     "log.candidates_every_steps": _COUNT,

@@ -188,6 +188,28 @@ def wait_for_first(what: str) -> None:
   from_first(what, lambda: None)
 
 
+def to_first(key: str, value: Any) -> list[Any] | None:
+  """What each process gives, told to the first one; None in the others.
+
+  Any thread may call this: it goes by its key, not by an order. The first one
+  waits for as long as it takes.
+
+  Args:
+    key: never used before.
+    value: a JSON value.
+  """
+  if count() == 1:
+    return [value]
+  place = f"mcpo_jax/{key}"
+  if not is_first():
+    _place.client.key_value_set(f"{place}/{index()}", json.dumps(value))
+    return None
+  told = [value] + [json.loads(_await(f"{place}/{i}", key))
+                    for i in range(1, count())]
+  _place.client.key_value_delete(place)
+  return told
+
+
 def meet(what: str) -> None:
   """Returns when all processes have come here."""
   if count() > 1:

@@ -4,19 +4,16 @@ Nothing here imports JAX before the config has been checked, so a wrong flag or
 key answers within two seconds.
 """
 
-import importlib.util
 import json
 import os
 import pathlib
-import re
 import sys
 import traceback
 from typing import Any, NamedTuple, NoReturn
 
-import ml_collections
 from absl import logging
 
-from mcpo_jax import errors, hosts, objective_names, preempt, settings
+from mcpo_jax import config_file, errors, hosts, preempt, settings
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -102,96 +99,6 @@ def parse(argv: list[str]) -> CommandLine:
   return CommandLine(verb, flags, overrides)
 
 
-def load_config(path: str) -> ml_collections.ConfigDict:
-  """Runs a config file's get_config().
-
-  Raises:
-    ConfigError: config.missing, config.untrusted_code, config.invalid,
-      config.unknown_key and config.type for what get_config() sets.
-  """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    near = [p.name for p in file.parent.glob("*.py")] if (
-        file.parent.is_dir()) else []
-    raise errors.ConfigError(
-        "config.missing", "no such config file", where=path,
-        hint=errors.nearest(file.name, near) or (
-            f"looked for it in {pathlib.Path.cwd()}"))
-  for foreign in ("config.json", "manifest.json", "model.safetensors"):
-    if (file.parent / foreign).exists():
-      raise errors.ConfigError(
-          "config.untrusted_code", "a config is Python code and is not run "
-          "from a model or checkpoint folder", where=path)
-  if file.suffix != ".py":
-    raise errors.ConfigError(
-        "config.invalid", "a config is a Python file", where=path,
-        hint="without --config, the config that lies in --workdir is read")
-  spec = importlib.util.spec_from_file_location("mcpo_config", file)
-  module = importlib.util.module_from_spec(spec)
-  root = str(file.resolve().parent.parent)  # where `configs` is a package
-  sys.path.insert(0, root)
-  slugs = {AttributeError: "config.unknown_key", KeyError: "config.unknown_key",
-           TypeError: "config.type"}  # what a locked config raises
-  try:
-    spec.loader.exec_module(module)
-    config = vars(module).get("get_config", lambda: None)()
-    if not isinstance(config, ml_collections.ConfigDict):
-      raise ValueError("needs a get_config() that returns a ConfigDict")
-    return config
-  except Exception as e:
-    lines = [f":{frame.lineno}" for frame in traceback.extract_tb(
-        e.__traceback__) if frame.filename == spec.origin]
-    # A locked config tells all of its fields between its first words and its
-    # hint.
-    text = re.sub(
-        r"\. Other fields .*(\n|\\n)", ". ", str(e), flags=re.DOTALL)
-    raise errors.ConfigError(
-        slugs.get(type(e), "config.invalid"), f"{type(e).__name__}: {text}",
-        where=path + "".join(lines[-1:])) from e
-  finally:
-    sys.path.remove(root)
-
-
-def override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
-  """Sets one dotted key from the text that was typed, in the field's type.
-
-  Raises:
-    ConfigError: config.unknown_key with the nearest one, config.type.
-  """
-  *groups, name = key.split(".")
-  node = config
-  for group in groups:
-    node = node.get(group) if isinstance(node, ml_collections.ConfigDict) else (
-        None)
-  if not isinstance(node, ml_collections.ConfigDict) or name not in node:
-    known = settings.flatten(config.to_dict())
-    raise errors.ConfigError("config.unknown_key", "no such key", where=key,
-                             hint=errors.nearest(key, known))
-  kind = node.get_type(name)
-  if isinstance(node[name], ml_collections.ConfigDict):
-    raise errors.ConfigError("config.type", "a group, not a field", where=key,
-                             want=", ".join(f"{key}.{k}" for k in node[name]))
-  try:
-    node[name] = _convert(text, kind)
-  except (ValueError, TypeError):
-    raise errors.ConfigError("config.type", "wrong type", where=key, got=text,
-                             want=kind.__name__) from None
-
-
-def _convert(text: str, kind: type) -> Any:
-  if text == "None":
-    return None
-  if kind is bool:
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if text.lower() not in words:
-      raise ValueError(text)
-    return words[text.lower()]
-  if kind is tuple:
-    words = (word.strip(" '\"") for word in text.strip("()[]").split(","))
-    return tuple(filter(None, words))
-  return kind(text)
-
-
 def read_config(command: CommandLine) -> dict[str, Any]:
   """The resolved config of a command: file, overrides, checks, defaults.
 
@@ -216,20 +123,8 @@ def read_config(command: CommandLine) -> dict[str, Any]:
       return settings.read_saved(saved)
     raise errors.ConfigError("config.missing", "no config given",
                              where="--config", hint="--config=configs/FILE.py")
-  config = load_config(command.flags["config"])
-  found = []
-  named = [pair for pair in command.overrides if pair[0] == "objective.name"]
-  for key, text in named:
-    override(config, key, text)
-  admit_own_settings(config)
-  for key, text in command.overrides:
-    try:
-      override(config, key, text)
-    except errors.ConfigError as e:
-      found.append(e)
-  if found:
-    raise found[0] if len(found) == 1 else errors.ErrorGroup(found)
-  return settings.resolve(config.to_dict())
+  return config_file.resolve(
+      config_file.load(command.flags["config"]), command.overrides)
 
 
 def check_same_config(config: dict[str, Any]) -> None:
@@ -250,22 +145,6 @@ def check_same_config(config: dict[str, Any]) -> None:
         "hosts.config", "the processes have different configs",
         where="MCPO_PROCESS_ID", got="; ".join(changed[:20]),
         hint="start all of them by the same line")
-
-
-def admit_own_settings(config: ml_collections.ConfigDict) -> None:
-  """Opens the keys that an objective of the user's own takes.
-
-  Raises:
-    ConfigError: see `objective_names.find_objective`.
-  """
-  name = str(config.objective.name)
-  if ":" not in name:
-    return
-  with config.unlocked():
-    for key, setting in objective_names.find_objective(name).settings.items():
-      if key not in config.objective:
-        kind = str if setting.default is None else type(setting.default)
-        config.objective[key] = ml_collections.config_dict.placeholder(kind)
 
 
 def run(argv: list[str]) -> None:
@@ -332,15 +211,15 @@ def run(argv: list[str]) -> None:
   os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
   from mcpo_jax import verbs
 
+  more = {}
   if command.verb == "train":
-    verbs.train(config, pathlib.Path(workdir),
-                profile="profile" in command.flags)
+    more = {"profile": "profile" in command.flags}
   elif command.verb == "export":
-    verbs.export(config, pathlib.Path(workdir),
-                 pathlib.Path(command.flags["out"]))
-  else:
-    getattr(verbs, command.verb)(config, pathlib.Path(workdir)
-                                 if workdir else None)
+    more = {"out": pathlib.Path(command.flags["out"])}
+  summary = getattr(verbs, command.verb)(
+      config, pathlib.Path(workdir) if workdir else None, **more)
+  if summary is not None:
+    print(json.dumps(summary, indent=1))
   hosts.leave()
 
 
@@ -392,7 +271,9 @@ def _report(command: CommandLine) -> None:
 
 def _worth_showing(record) -> bool:
   """Orbax tells every step of a save; its warnings are enough."""
-  return "orbax" not in record.pathname or record.levelno >= 30
+  # It warns of every save that there is nothing to merge.
+  return "orbax" not in record.pathname or (
+      record.levelno >= 30 and "ocdbt_utils" not in record.pathname)
 
 
 def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:

@@ -25,6 +25,7 @@ from mcpo_jax import errors, objective_names, registry, user_code
 from mcpo_jax.config_keys import (
     KERNEL,
     KEYS,
+    OTHER_NAMES,
     OWN_KERNEL,
     PROJECTIONS,
     STAGES,
@@ -32,7 +33,7 @@ from mcpo_jax.config_keys import (
 )
 from mcpo_jax.registry import REWARDS, STRATEGIES, Setting
 
-CONFIG_VERSION = 3
+CONFIG_VERSION = 4
 
 # Tokens of Hugging Face, OpenAI-like services and GitHub; a Weights & Biases
 # key is 40 hex digits, as a commit is.
@@ -170,6 +171,15 @@ def read_saved(path: pathlib.Path) -> dict[str, Any]:
   return config
 
 
+def unknown_key(key: str, known: Iterable[str]) -> errors.ConfigError:
+  """The refusal of a key, with the name that it has now or one like it."""
+  hint = errors.nearest(key, known)
+  if key in OTHER_NAMES:
+    hint = f"it is called {OTHER_NAMES[key]!r}"
+  return errors.ConfigError(
+      "config.unknown_key", "no such key", where=key, hint=hint)
+
+
 def resolve(config: dict[str, Any]) -> dict[str, Any]:
   """Checks a nested config dict and fills in the defaults that depend on it.
 
@@ -192,12 +202,10 @@ def resolve(config: dict[str, Any]) -> dict[str, Any]:
       "config.secret", "looks like a secret", where=key,
       hint="give tokens through the environment (HF_TOKEN), never here")
       for key in secrets])
-  _raise_all([errors.ConfigError(
-      "config.unknown_key", "no such key", where=key,
-      hint=errors.nearest(key, known)) for key in flat if key not in known
-  ] + [errors.ConfigError(
-      "config.missing", "the config lacks a key", where=key,
-      hint="begin with default.get_config()")
+  _raise_all([unknown_key(key, known) for key in flat if key not in known] + [
+      errors.ConfigError(
+          "config.missing", "the config lacks a key", where=key,
+          hint="begin with default.get_config()")
       for key in KEYS if key not in flat])
   found = [e for key in flat for e in _check(key, flat[key], known[key])]
   found += _check_run(config)

@@ -1,9 +1,10 @@
 """Functions of the user's own: found by name, read from source, loaded.
 
 "my_file:my_loss" is the function `my_loss` of my_file.py in the current
-folder, or of a module that can be imported. What it takes
-and needs is read from its text, so that a mistake is refused before anything
-that the file imports, JAX first of all, is imported.
+folder, or of a module that can be imported; "__main__:my_loss" that of the
+notebook or script that runs. What it takes and needs is read from its text, so
+that a mistake is refused before anything that the file imports, JAX first of
+all, is imported.
 """
 
 import ast
@@ -11,9 +12,11 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import math
 import pathlib
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +47,7 @@ class Source(NamedTuple):
 
   place: str  # for `load`: "module:function" or "folder/file.py:function"
   path: pathlib.Path
-  sha256: str  # of the file
+  sha256: str  # of the file; of what runs, of the function alone
   function: ast.FunctionDef
 
   def error(self, message: str, line: int, **more: Any) -> errors.ConfigError:
@@ -79,13 +82,68 @@ def objective(**needs: Any) -> Callable[[Callable], Callable]:
   return declare
 
 
+def kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Declares a kernel of one's own: what it takes is looked at now.
+
+      @mcpo_jax.kernel
+      def mine(key, state, scores, sets, *, temperature, num_negatives,
+               include_preferred): ...
+
+  It is called as `mc.draw` is and replies (KernelState, KernelInfo).
+
+  Raises:
+    ConfigError: config.function, it takes other arguments.
+  """
+  every = inspect.signature(function).parameters.values()
+  _check_kernel_arguments(
+      [p.name for p in every if p.kind is not p.KEYWORD_ONLY],
+      [p.name for p in every if p.kind is p.KEYWORD_ONLY],
+      lambda message, **more: errors.ConfigError(
+          "config.function", message, where=name_of(function), **more))
+  return function
+
+
+def reward(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Declares a reward of one's own: what it takes is looked at now.
+
+      @mcpo_jax.reward
+      def short(prompts, completions, **columns):
+        return [-len(text) for text in completions]
+
+  Raises:
+    ConfigError: config.function, it takes other arguments.
+  """
+  parameters = inspect.signature(function).parameters.values()
+  if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+    raise errors.ConfigError(
+        "config.function", "a reward takes **columns", where=name_of(function),
+        want="def my_reward(prompts, completions, **columns)")
+  return function
+
+
+def name_of(function: Callable[..., Any]) -> str:
+  """What a config calls a function: "module:function".
+
+  Raises:
+    ConfigError: config.function, it stands in no module.
+  """
+  name = getattr(function, "__qualname__", "")
+  if not name.isidentifier():
+    raise errors.ConfigError(
+        "config.function", "only a function of a module or cell has a name "
+        "that a later session finds", where=name or repr(function),
+        want="def my_function, outside of any other")
+  return f"{function.__module__}:{name}"
+
+
 def find(
     name: str, *, folders: Sequence[str | pathlib.Path] = (), where: str
 ) -> Source:
   """Finds a function without importing its file.
 
   Args:
-    name: "my_file:my_function"; the file is a path without ".py", or a module.
+    name: "my_file:my_function"; the file is a path without ".py", a module, or
+      `__main__`.
     folders: where else to look for the file than in the current folder.
     where: dotted config key that holds the name, for errors.
 
@@ -98,6 +156,8 @@ def find(
     raise errors.ConfigError(
         "config.range", "not a function of a file", where=where, got=name,
         want="my_file:my_function")
+  if file == "__main__":
+    return _find_running(function, where)
   place, path = _find_file(file, folders)
   if path is None:
     raise errors.ConfigError(
@@ -132,14 +192,31 @@ def check_kernel(name: str) -> Source:
   """
   source = find(name, where="kernel.strategy")
   arguments = source.function.args
-  first = tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args))
-  named = {a.arg for a in arguments.kwonlyargs}
-  if first != KERNEL_ARGUMENTS or named != set(KERNEL_SETTINGS):
-    raise source.error(
-        "takes other arguments", source.function.lineno,
-        got=ast.unparse(arguments),
-        want=f"{', '.join(KERNEL_ARGUMENTS)}, *, {', '.join(KERNEL_SETTINGS)}")
+  _check_kernel_arguments(
+      [a.arg for a in (*arguments.posonlyargs, *arguments.args)],
+      [a.arg for a in arguments.kwonlyargs],
+      lambda message, **more: source.error(
+          message, source.function.lineno, **more))
   return source
+
+
+def _check_kernel_arguments(first, named, error):
+  """Raises error(message, got=, want=) unless they are those of a kernel."""
+  if tuple(first) != KERNEL_ARGUMENTS or set(named) != set(KERNEL_SETTINGS):
+    raise error(
+        "takes other arguments", got=f"{', '.join(first)}, *, "
+        f"{', '.join(named)}" if named else ", ".join(first),
+        want=f"{', '.join(KERNEL_ARGUMENTS)}, *, {', '.join(KERNEL_SETTINGS)}")
+
+
+def source_hash(name: str) -> str | None:
+  """SHA-256 of the file of "module:function", of a cell's function that of its
+  own text; None of what is no Python file."""
+  file = name.rpartition(":")[0]
+  if file == "__main__":
+    return find(name, where="__main__").sha256
+  path = _find_file(file, ())[1]
+  return path and hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def read_settings(
@@ -162,8 +239,8 @@ def read_settings(
                        line, got=first[len(positional)], want=want)
   if len(first) < len(positional) or arguments.defaults:
     raise source.error("takes other arguments", line, got=first, want=want)
-  if arguments.vararg or arguments.kwarg:
-    got = arguments.vararg or arguments.kwarg
+  got = arguments.vararg or arguments.kwarg
+  if got:
     raise source.error("every setting must be named", line, got=got.arg,
                        want=want)
   settings = {}
@@ -241,6 +318,23 @@ def needs_of(function: Callable[..., Any]) -> registry.Objective:
       return entry
   needs = {"separable": False} | getattr(function, "needs", {})
   return registry.Objective(place, {}, **needs)
+
+
+def _find_running(function, where) -> Source:
+  """A function of the notebook or script that runs, as it stands now."""
+  found: Any = getattr(sys.modules["__main__"], function, None)
+  try:
+    text = textwrap.dedent(inspect.getsource(found))
+    tree = ast.parse(text).body[0]
+    if not isinstance(tree, ast.FunctionDef):
+      raise TypeError(f"a {type(found).__name__}")
+  except (TypeError, OSError, SyntaxError) as e:
+    raise errors.ConfigError(
+        "config.range", "no such function in what runs", where=where,
+        got=function, want=f"def {function} in a cell, or my_file:{function}",
+        hint="run its cell before this one") from e
+  return Source(f"__main__:{function}", pathlib.Path("__main__"),
+                hashlib.sha256(text.encode()).hexdigest(), tree)
 
 
 def _find_file(file, folders):

@@ -23,8 +23,12 @@ from mcpo_jax.training import architecture, metrics, setup
 
 def train(
     config: dict[str, Any], workdir: pathlib.Path, *, profile: bool = False
-) -> None:
-  """Runs the stages of a config; each goes on from where it stopped."""
+) -> dict[str, Any]:
+  """Runs the stages of a config; each goes on from where it stopped.
+
+  Returns:
+    What they add to summary.json.
+  """
   setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir, profile=profile)
@@ -43,26 +47,30 @@ def train(
     write_summary(workdir, summary)
   if "evaluate" in config["stages"]:
     write_report(run)
-  print(json.dumps(summary, indent=1))
+  return summary
 
 
-def evaluate(config: dict[str, Any], workdir: pathlib.Path) -> None:
+def evaluate(
+    config: dict[str, Any], workdir: pathlib.Path
+) -> dict[str, Any]:
   """The evaluation of a trained workdir, on its own."""
   run = setup.open_run(config, workdir)
   summary = evaluate_stage.run_evaluate(run, metrics.Writer(workdir))
   write_summary(workdir, summary)
   write_report(run)
-  print(json.dumps(summary, indent=1))
+  return summary
 
 
-def generate(config: dict[str, Any], workdir: pathlib.Path) -> None:
+def generate(
+    config: dict[str, Any], workdir: pathlib.Path
+) -> dict[str, Any]:
   """Candidates of the workdir's last stage, or of model.path."""
   results.check_weights(config, workdir)
   sampling.check_reward(config)  # missed now if missing, not after the model
   run = setup.open_run(config, workdir)
   summary = generate_stage.run_generate(run)
   write_summary(workdir, summary)
-  print(json.dumps(summary, indent=1))
+  return summary
 
 
 def serve(config: dict[str, Any], workdir: pathlib.Path | None) -> None:

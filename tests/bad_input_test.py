@@ -202,7 +202,7 @@ def _claimed(*overrides: str, release: bool, **changes: Any):
     config, workdir = resolved(folder), folder / "run"
     setup.claim(config, workdir)
     setup.store_config(config, workdir)
-    file = setup._locks.pop(workdir.resolve())
+    file = commit._locks.pop(workdir.resolve())
     file.close() if release else _held.append(file)
     path = workdir / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -216,7 +216,7 @@ def _three_streams_on_eight_devices(folder):
   workdir = folder.parent / "run"
   with contextlib.suppress(errors.ConfigError):
     setup.open_run(resolved(folder, "data.num_streams=3"), workdir)
-  setup._locks.clear()
+  commit._locks.clear()
   return lambda: setup.open_run(
       resolved(folder, "data.num_streams=3", "seed=1"), workdir)
 

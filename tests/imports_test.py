@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
     {"types", "errors", "commit", "faults", "registry", "config_keys",
-     "settings", "user_code", "objective_names", "devices",
+     "config_file", "settings", "user_code", "objective_names", "devices",
      "hosts", "preempt"},
     {"objectives", "kernels"},
     {"sharding"},
@@ -19,7 +19,7 @@ FLOORS = [
     {"training", "evaluation"},
     {"stages"},
     {"verbs", "compare", "planning"},
-    {"main", "supervise"},
+    {"main", "api", "supervise"},
     {"__main__"},
 ]
 FLOOR = {room: i for i, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,12 +1,15 @@
 """The scripts parse and refuse clearly; a required test cannot be skipped."""
 
+import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
+import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")),
@@ -21,7 +24,9 @@ def _run(*command, **environment):
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_parses_and_stops_at_the_first_error(script):
-  assert _run("bash", "-n", str(script)).returncode == 0
+  checker = pathlib.Path(sys.executable).parent / "shellcheck"
+  done = _run(str(checker), str(script))
+  assert done.returncode == 0, done.stdout
   lines = script.read_text().split("\n")
   assert lines[0] == "#!/usr/bin/env bash"
   assert "set -euo pipefail" in lines
@@ -32,6 +37,7 @@ def test_script_parses_and_stops_at_the_first_error(script):
     ("run_local", {"CONFIG": "c", "WORKDIR": ""}, "WORKDIR: the folder"),
     ("tpu_pod", {"TPU_NAME": ""}, "TPU_NAME: the name of the TPU"),
     ("tpu_pod", {"TPU_NAME": "t", "ZONE": ""}, "ZONE: its zone"),
+    ("gke", {"NAME": "n", "IMAGE": "i", "CLAIM": ""}, "CLAIM: the persistent"),
     ("slurm", {"SLURM_SUBMIT_DIR": ""}, "call this by sbatch"),
     ("slurm", {"SLURM_SUBMIT_DIR": ".", "CONFIG": ""}, "CONFIG: the config"),
 ])
@@ -132,3 +138,34 @@ def test_a_required_skip_is_a_failure(tmp_path, require, outcome):
       MCPO_SHARED=str(tmp_path / "none"),
   )
   assert outcome in done.stdout, done.stdout
+
+
+def test_a_jobset_runs_the_same_line_on_every_host():
+  flags = ["--config.objective.name=a,b*0.5", '--config.reward.name="x\\y"']
+  done = _run("bash", str(ROOT / "launch" / "gke.sh"), *flags, NAME="e2e",
+              IMAGE="registry/mcpo_jax:1", CLAIM="runs",
+              CONFIG="configs/e2e.py",
+              WORKDIR="/runs/a run", TPU="tpu-v5-lite-podslice",
+              TOPOLOGY="4x4", HOSTS="4", SLICES="2")
+  assert done.returncode == 0, done.stderr
+  job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]
+  assert job["replicas"] == 2
+  job = job["template"]["spec"]
+  assert job["parallelism"] == job["completions"] == 4
+  (container,) = job["template"]["spec"]["containers"]
+  assert container["args"] == flags
+  given = {one["name"]: one["value"] for one in container["env"]}
+  assert given == {"MCPO_COORDINATOR": "auto", "CONFIG": "configs/e2e.py",
+                   "WORKDIR": "/runs/a run"}
+
+
+def test_the_image_holds_what_its_script_needs():
+  text = (ROOT / "launch" / "Dockerfile").read_text()
+  kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().split()
+          if line.startswith("!")}
+  copied = [name for line in text.split("\n") if line.startswith("COPY ")
+            for name in line.split()[1:-1]]
+  for name in copied:
+    assert (ROOT / name).exists() and name.split("/")[0] in kept
+  entry = re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]
+  assert (ROOT / json.loads(entry)[1]).exists()

@@ -11,7 +11,14 @@ import sys
 import pytest
 
 from configs import default
-from mcpo_jax import config_keys, errors, main, registry, settings
+from mcpo_jax import (
+  config_file,
+  config_keys,
+  errors,
+  main,
+  registry,
+  settings,
+)
 from mcpo_jax.data import readers, tokenizer
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.training import setup
@@ -153,7 +160,7 @@ def test_an_unknown_name_gets_the_nearest_one(words, near):
 def test_typed_text_becomes_the_fields_type(key, text, value):
   config = default.get_config()
   config.num_epochs = 1.0
-  main.override(config, key, text)
+  config_file.override(config, key, text)
   got = settings.flatten(config.to_dict())[key]
   assert got == value and type(got) is type(value)
 
@@ -165,7 +172,7 @@ def test_typed_text_becomes_the_fields_type(key, text, value):
 ])
 def test_text_of_another_type_is_refused(key, text):
   with pytest.raises(errors.ConfigError) as caught:
-    main.override(default.get_config(), key, text)
+    config_file.override(default.get_config(), key, text)
   assert (caught.value.slug, caught.value.where) == ("config.type", key)
 
 

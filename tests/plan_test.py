@@ -8,13 +8,17 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import training_cases as cases
 
 from mcpo_jax import errors, main, sharding
+from mcpo_jax.generation import engine
+from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder
 from mcpo_jax.planning import collectives, programs, topology, verb
+from mcpo_jax.planning import sampler as planned_sampler
 from mcpo_jax.training import stage as stage_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -214,3 +218,53 @@ def test_logits_stay_split_over_the_vocabulary(fsdp, tensor):
           if re.search(r" (all-gather|all-reduce)(-start)?\(", line)
           and re.search(rf"= f32\[.*\b{CONFIG.vocab_size}\b.*\]", line)]
   assert not wide
+
+
+# --- the sampler --------------------------------------------------------------
+
+
+@needs_eight
+def test_the_sampler_that_is_planned_is_the_one_that_runs():
+  """Shapes and places of the weights, the cache and the slots are those of an
+  engine with a full queue."""
+  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+  config = config_lib.ModelConfig(
+      family="llama", vocab_size=48, hidden_size=16, num_layers=3, num_heads=4,
+      num_kv_heads=2, head_dim=8, intermediate_size=24, max_positions=256)
+  shapes = decoder.param_shapes(config)
+  placed = sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh)
+  model = stage_lib.Model(
+      config, mesh, jax.tree.map(programs.place, shapes, placed), jnp.float32,
+      "full", 8, 64, 0)
+  planned, cache, slots = planned_sampler.sampling_programs(
+      model, samples=3, prompts=30, num_slots=24, prompt_length=70,
+      completion_length=40)
+
+  own = engine.Engine(
+      config, ((decoder.init_params(jax.random.key(0), config), 1.0),), 0,
+      max_new_tokens=40, stop_ids=[1], num_slots=24, mesh=mesh)
+  for i in range(30):
+    own.submit(engine.Request(
+        i, np.full(70, 2, np.int32), np.array([0, i], np.uint32), np.arange(3),
+        Sampling(max_new_tokens=40, min_new_tokens=40), 0))
+  for number in (20, 19):  # the second stretch needs the longest cache
+    own.step(number)
+  assert own.num_active == slots
+  assert sum(x.addressable_shards[0].data.nbytes
+             for x in jax.tree.leaves(own._memory.caches)) == cache
+
+  (params,), weights, memory, held, *_ = planned["decode"][1]
+  short = lambda tree: [
+      (x.shape, x.dtype, x.sharding.shard_shape(x.shape))
+      for x in jax.tree.leaves(tree)]
+  deep = planned_sampler.DEPTH
+  cut = own._memory._replace(caches=tuple(
+      decoder.Cache(*(layers[:deep] for layers in c))
+      for c in own._memory.caches))
+  assert short(memory) == short(cut)
+  real = own._models[0]
+  assert short(params) == short(real | {"layers": real["layers"][:deep]})
+  assert [x.shape for x in jax.tree.leaves(held)] == [
+      x.shape for x in jax.tree.leaves(own._slots)]
+  for name, found in planned.items():
+    assert programs.compile_program(name, *found, mesh).fits

@@ -222,10 +222,11 @@ def test_several_runs_open_with_what_differs(tmp_path):
     ("metrics.jsonl", '{"loss": 2}\n', "rows without stage and step: 1"),
     ("metrics.jsonl", "\xff\x00", "there are no metrics yet"),
     ("metrics.jsonl",
+     '{"stage": "sft", "step": 0, "loss": NaN}\n'
      '{"stage": "sft", "step": 1, "loss": NaN, "x": "y", "z": Infinity}\n',
      "shown as gaps: sft loss 1×, sft z 1×"),
     ("config.json", '{"model_type": "llama"}', "config.json is not that of"),
-    ("config.json", '{"version": -1, "config": {}}', "by another version"),
+    ("config.json", '{"version": -1, "config": {}}', "There is no config"),
     ("config.json", "[" * 9999, "config.json is damaged or no file of a run"),
     ("summary.json", "[]", "summary.json is damaged or no file of a run"),
     ("evaluate/samples.json", "{", "evaluate/samples.json is damaged"),

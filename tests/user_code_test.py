@@ -1,6 +1,7 @@
 """Functions of the user's own: found, read without importing, loaded."""
 
 import hashlib
+import linecache
 import math
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 import mcpo_jax
 from mcpo_jax import errors, registry, user_code
+from mcpo_jax.rewards import functions
 
 GOOD = '''
 import mcpo_jax
@@ -199,6 +201,76 @@ def test_functions_of_modules_are_loaded():
     user_code.load("no_such_module:f")
 
 
+CELL = """
+@mcpo_jax.objective(anchors=("ref",), pairwise=True)
+def cell_loss(features, batch, state, *, beta=0.1, margin=2):
+  return margin
+"""
+
+
+@pytest.fixture
+def cell(monkeypatch):
+  """run(text) runs it as a notebook runs a cell."""
+  main, count = sys.modules["__main__"], iter(range(9))
+
+  def run(text):
+    name = f"<cell {next(count)}>"
+    lines = text.splitlines(keepends=True)
+    monkeypatch.setitem(linecache.cache, name, (len(text), None, lines, name))
+    space = {"mcpo_jax": mcpo_jax, "__name__": "__main__"}
+    exec(compile(text, name, "exec"), space)
+    for key, value in space.items():
+      monkeypatch.setattr(main, key, value, raising=False)
+    return space
+
+  return run
+
+
+def test_a_function_of_a_cell_is_read_and_loaded_as_it_stands_now(cell):
+  hashes = []
+  for margin in (2, 3, 2):
+    loss = cell(CELL.replace("margin=2", f"margin={margin}"))["cell_loss"]
+    name = user_code.name_of(loss)
+    assert name == "__main__:cell_loss"
+    entry = user_code.read_objective(name)
+    assert entry.settings["margin"].default == margin and entry.pairwise
+    assert user_code.load(entry.place)(0, 0, 0, margin=margin) == margin
+    hashes.append(user_code.find(name, where="").sha256)
+    assert user_code.source_hash(name) == hashes[-1]
+  assert hashes[0] == hashes[2] != hashes[1]
+  with pytest.raises(errors.ConfigError) as e:
+    cell("def bad(features, batch): ...")
+    user_code.read_objective("__main__:bad")
+  assert e.value.where == "__main__:1"
+
+
+@pytest.mark.parametrize("text", ["", "other = 3", "other = lambda: 3",
+                                  "class other: ...", "other = print"])
+def test_what_no_cell_defines_is_named(cell, text):
+  cell(text)
+  with pytest.raises(errors.ConfigError) as e:
+    user_code.find("__main__:other", where="objective.name")
+  assert (e.value.slug, e.value.got) == ("config.range", "other")
+
+
+def test_kernels_and_rewards_are_looked_at_where_they_are_declared(cell):
+  with pytest.raises(errors.ConfigError) as e:
+    cell("@mcpo_jax.kernel\ndef walk(key, scores): ...")
+  assert e.value.where == "__main__:walk" and "state" in e.value.want
+  kernel = cell(
+      "@mcpo_jax.kernel\ndef walk(key, state, scores, sets, *, temperature,"
+      "\n         num_negatives, include_preferred): ...")["walk"]
+  assert user_code.check_kernel(user_code.name_of(kernel)).place == (
+      "__main__:walk")
+  with pytest.raises(errors.ConfigError) as e:
+    cell("@mcpo_jax.reward\ndef short(prompts, completions): ...")
+  assert "**columns" in e.value.want
+  reward = cell("@mcpo_jax.reward\ndef short(prompts, completions, **columns):"
+                "\n  return [-len(c) for c in completions]")["short"]
+  loaded = functions.load_reward(user_code.name_of(reward))
+  assert loaded(["p", "p"], ["ab", "c"]) == [-2, -1]
+
+
 def test_the_decorator_gives_the_function_back():
   def loss(features, batch, state): ...
 
@@ -213,9 +285,3 @@ def test_the_decorator_gives_the_function_back():
 def test_needs_of_a_loss_of_the_house_are_the_registrys():
   loss = user_code.load("mcpo_jax.objectives.pairwise:dpo_loss")
   assert user_code.needs_of(loss) == registry.OBJECTIVES["dpo"]
-
-
-def test_the_package_is_lazy():
-  with pytest.raises(AttributeError):
-    mcpo_jax.no_such_name  # noqa: B018
-  assert {"objective", "check_objective"} <= set(dir(mcpo_jax))

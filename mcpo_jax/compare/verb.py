@@ -4,7 +4,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors
 from mcpo_jax.compare import report, results, rows, runs
 
 
@@ -24,6 +24,7 @@ def compare(
   """
   options = read(())["compare"]
   planned = rows.plan(options, read, workdir)
+  commit.lock(workdir)
   minutes = options["minutes"]
   failed = runs.run(
       planned, flags, workdir, metric=options["metric"], jobs=options["jobs"],

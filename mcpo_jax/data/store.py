@@ -175,6 +175,24 @@ def example_id(prompt_id: str) -> np.ndarray:
   return np.frombuffer(digest, "<u4").copy()
 
 
+def text_set(
+    tokenizer: Tokenizer, prompt: str | readers.Messages,
+    completions: list[str], where: str,
+) -> CandidateSet:
+  """A prompt and its completions as ids, without preference.
+
+  Raises:
+    DataError: as `Tokenizer.encode_record`.
+  """
+  encoded = tokenizer.encode_record(Record(
+      prompt, completions, None, None, "", None, {}, where))
+  count = len(completions)
+  return CandidateSet(
+      np.zeros(2, np.uint32), "", encoded.prompt, encoded.completions,
+      encoded.masks, np.arange(count, dtype=np.uint32),
+      np.ones(count, np.int32), np.full(count, np.nan, np.float32), -1)
+
+
 def _source_digest(path: str, revision: str | None) -> str:
   """Hash of a source's content; a hub name with its commit is one."""
   if (split := records.embedded_split(path)) is not None:

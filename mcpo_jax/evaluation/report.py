@@ -36,8 +36,9 @@ MAX_BYTES = 3_000_000
 _NUMBERS = 120_000  # of all curves, 7 bytes each
 _POINTS = (40, 300)  # of a thinned curve: at least, at most
 _CANDIDATE_BYTES = 1_000_000
-_SHOWN = 12  # prompts with completions
-_TEXT = 3000  # characters of a prompt or completion
+_CHARACTERS = 400_000  # of all prompts and completions
+_SHOWN = 12  # prompts of a section
+_LAUNCHES = 20  # that are told, the last ones
 
 _PAGE = pathlib.Path(__file__).with_name("report.html")
 # What a reader looks at first, in this order.
@@ -127,7 +128,8 @@ def write_report(
       explorer=explorer.PAGE.read_text("utf-8"),
       audits=[_audit(run.summary) for run in runs],
       costs=[_cost(run, price) for run in runs], price=price,
-      launches=[[_launch(one) for one in run.launches] for run in runs],
+      launches=[[_launch(one) for one in run.launches[-_LAUNCHES:]]
+                for run in runs],
       figures=figures.name if pictures else None)
   out.parent.mkdir(parents=True, exist_ok=True)
   if pictures:
@@ -161,8 +163,6 @@ def _read_run(folder: pathlib.Path, name: str, num_runs: int) -> Run:
   config = saved.get("config")
   if saved and not isinstance(config, dict):
     notes.append("config.json is not that of a run")
-  elif saved and saved.get("version") != settings.CONFIG_VERSION:
-    notes.append("config.json was saved by another version of the program")
   config = settings.flatten(config) if isinstance(config, dict) else {}
   summary = _read_json(folder / "summary.json", notes)
   curves, times = _read_metrics(folder / "metrics.jsonl", notes)
@@ -269,7 +269,8 @@ def _read_metrics(
     notes.append(f"{path.name}: rows without stage and step: {foreign}")
   curves = {stage: {name: _curve(*arrays) for name, arrays in metrics.items()}
             for stage, metrics in found.items()}
-  gaps = {f"{stage} {name}": int(np.isnan(curve.values).sum())
+  # Before the first update some are not known.
+  gaps = {f"{stage} {name}": int(np.isnan(curve.values[curve.steps > 0]).sum())
           for stage, metrics in curves.items()
           for name, curve in metrics.items()
           if not name.endswith(("_ci95_low", "_ci95_high"))}
@@ -522,6 +523,7 @@ def _cell(summary: dict[str, Any], key: str) -> dict[str, Any] | None:
   bounds = [summary.get(f"{key}_ci95_{side}") for side in ("low", "high")]
   known = all(_is_number(x) and math.isfinite(x) for x in [value, *bounds])
   return {"text": _number(value), "value": value,
+          "long": isinstance(value, str),
           "interval": f"{bounds[0]:.3g} to {bounds[1]:.3g}" if known else None,
           "bounds": bounds if known else None}
 
@@ -621,37 +623,42 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _samples(runs: Sequence[Run]) -> list[dict[str, Any]]:
   """Sections of prompts, each with the completions side by side."""
-  sections = []
   laws = dict.fromkeys(law for run in runs for law in run.samples)
-  for law in laws:
+  found = {f"held-out prompts, {law}": [
+      (i, row.get("prompt"), {k: v for k, v in row.items() if k != "prompt"})
+      for i, run in enumerate(runs) for row in run.samples.get(law, [])
+      if isinstance(row, dict)] for law in laws}
+  found["while training, greedy"] = [
+      (i, row["prompt"], {"start": row["start"],
+                          f"step {row['step']}": row["now"]})
+      for i, run in enumerate(runs) for steps in [_spread(run, len(runs))]
+      for row in run.progress if row["step"] in steps]
+  # Before, and after of each run or at three steps.
+  most = _CHARACTERS // (len(found) * _SHOWN * (len(runs) + 4))
+  sections = []
+  for name, rows in found.items():
     cards: dict[str, list[dict[str, Any]]] = {}
-    for i, run in enumerate(runs):
-      for row in run.samples.get(law, []):
-        if isinstance(row, dict) and "prompt" in row:
-          _add(cards, row["prompt"], i, {
-              k: v for k, v in row.items() if k != "prompt"})
-    sections.append({"name": f"held-out prompts, {law}", "cards": cards})
-  cards = {}
-  for i, run in enumerate(runs):
-    steps = sorted({row["step"] for row in run.progress if row["step"] > 0})
-    few = 1 if len(runs) > 1 else 3
-    chosen = [steps[int(place)] for place in np.linspace(
-        len(steps) - 1, 0, min(few, len(steps)))][::-1]
-    for row in run.progress:
-      if row["step"] in chosen:
-        _add(cards, row["prompt"], i, {
-            "start": row["start"], f"step {row['step']}": row["now"]})
-  sections.append({"name": "while training, greedy", "cards": cards})
-  return [section | {"cards": list(section["cards"].items())[:_SHOWN]}
-          for section in sections if section["cards"]]
+    for i, prompt, texts in rows:
+      prompt = _text(prompt, most)
+      if prompt in cards or len(cards) < _SHOWN:
+        _add(cards.setdefault(prompt, []), i, {
+            title: _text(text, most) for title, text in texts.items()})
+    sections.append({"name": name, "cards": list(cards.items())})
+  return [section for section in sections if section["cards"]]
 
 
-def _add(cards, prompt: Any, run: int, texts: dict[str, Any]) -> None:
+def _spread(run: Run, num_runs: int) -> set[float]:
+  """Steps with samples that are shown: the last, and two before if the run is
+  alone."""
+  steps = sorted({row["step"] for row in run.progress if row["step"] > 0})
+  few = min(1 if num_runs > 1 else 3, len(steps))
+  return {steps[int(i)] for i in np.linspace(len(steps) - 1, 0, few)}
+
+
+def _add(cells: list[dict[str, Any]], run: int, texts: dict[str, str]) -> None:
   """Adds a run's completions of a prompt; what another run has too, as a
   common start, stands there once."""
-  cells = cards.setdefault(_text(prompt), [])
   for name, text in texts.items():
-    text = _text(text)
     same = [c for c in cells if (c["name"], c["text"]) == (name, text)]
     if not same:
       cells.append({"runs": [run], "name": name, "text": text})
@@ -659,15 +666,15 @@ def _add(cards, prompt: Any, run: int, texts: dict[str, Any]) -> None:
       same[0]["runs"].append(run)
 
 
-def _text(value: Any) -> str:
-  """A prompt or completion to read, cut when it is long."""
+def _text(value: Any, most: int) -> str:
+  """A prompt or completion to read, cut after `most` characters."""
   if isinstance(value, list):
     value = "\n\n".join(
         f"{m.get('role')}: {m.get('content') or ''}" if isinstance(m, dict)
         else str(m) for m in value)
   text = str(value)
-  return text if len(text) <= _TEXT else (
-      f"{text[:_TEXT]} … ({len(text) - _TEXT} characters more)")
+  return text if len(text) <= most else (
+      f"{text[:most]} … ({len(text) - most} characters more)")
 
 
 def _audit(summary: dict[str, Any]) -> dict[str, Any] | None:
@@ -789,7 +796,6 @@ def _draw(runs: Sequence[Run], folder: pathlib.Path) -> None:
         name in run.curves.get(stage, {}) for run in runs)}
     if titles:
       plots.curves(folder / f"{stage}.png", {
-          run.name: {name: dict(zip(curve.steps.tolist(),
-                                    curve.values.tolist()))
+          run.name: {name: dict(zip(*_thin(curve, None, None, _POINTS[1])[:2]))
                      for name, curve in run.curves.get(stage, {}).items()
                      if name in titles} for run in runs}, titles)

@@ -27,6 +27,7 @@ from mcpo_jax.models import decoder, lora
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.types import Params
 
+NUM_SLOTS = 64  # samples decoded together, unless told otherwise
 _FEWEST = 8  # pages
 _WIDEST = 8  # the most slots of a group
 MAX_STOP_IDS = 16  # of a request, beside the engine's own
@@ -97,7 +98,7 @@ class Engine:
       stop_ids: Sequence[int],
       vocab_size: int | None = None,
       compute_dtype: Any = jnp.float32,
-      num_slots: int = 64,
+      num_slots: int = NUM_SLOTS,
       mesh: Mesh | None = None,
   ):
     """Compiles nothing yet.
@@ -194,7 +195,7 @@ class Engine:
       slots.wanted[group] = job is not None and bool(job.waiting)
     slots.queued[...] = any(job.waiting for job in self._jobs.values())
     ends = np.minimum(slots.counts + max_tokens, slots.max_new_tokens)
-    self._grow(own_length=_ring(ends[slots.active].max()))
+    self._grow(own_length=ring(ends[slots.active].max()))
     with self._context():
       self._memory, drawn = self._kernels.decode(
           self._models, self._weights, self._memory, self._put(slots),
@@ -282,32 +283,17 @@ class Engine:
 
   def _lay_out(self, waiting: list[_Job]) -> None:
     """Arranges the slots, all of them free, for what waits."""
-    # Slots of a group share the product with the prompt's keys, but those that
-    # end early wait for the last: with a queue, half as many slots take turns.
-    samples = max(len(job.waiting) for job in waiting)
-    width = _width(samples, self._num_slots, self._parts)
-    if sum(len(job.waiting) for job in waiting) > self._num_slots:
-      width = max(1, width // 2)
-    # What was compiled for will do: half the width, and pages of which no more
-    # than half are empty.
-    last_width, last_pages = self._layout
-    if last_width <= width <= 2 * last_width:
-      width = last_width
-    size = max(1, self._num_slots // (width * self._parts))
-    groups = size * self._parts
-    needs = [_num_pages(job.request.prompt) for job in waiting]
-    pages = max(max(needs), math.ceil(sum(needs[:groups]) / self._parts))
-    if width == last_width and pages <= last_pages <= max(2 * pages, _FEWEST):
-      pages = last_pages
-    else:
-      pages = max(_FEWEST, _rung(pages, 4))
+    groups, width, pages = arrange(
+        [len(job.waiting) for job in waiting],
+        [num_pages(len(job.request.prompt)) for job in waiting],
+        num_slots=self._num_slots, parts=self._parts, last=self._layout)
     self._layout = width, pages
     self._memory = None  # before the new one is made
     with self._context():
       self._memory = self._kernels.init(
-          groups, width, _ring(1), self._parts, pages, len(self._models)
+          groups, width, ring(1), self._parts, pages, len(self._models)
       )
-    self._slots = _empty_slots(
+    self._slots = empty_slots(
         groups, width, len(self._stop_ids) + MAX_STOP_IDS, self._parts, pages
     )
     self._prompts = [None] * groups
@@ -367,11 +353,11 @@ class Engine:
       owner = self._slots.pages.groups[part]
       owner[owner == group] = -1  # of the group's prompt before
       used = int((owner >= 0).sum())
-      most = max(most, used + _num_pages(request.prompt))
+      most = max(most, used + num_pages(len(request.prompt)))
     if most > self._slots.pages.groups.shape[1]:
       self._grow(pages=_rung(most, 4))
     owner, start = self._slots.pages
-    longest = max(_num_pages(request.prompt) for _, request in batch.values())
+    longest = max(num_pages(len(r.prompt)) for _, r in batch.values())
     width = _rung(longest, 2)
     tokens = np.zeros((self._parts, width * decoder.PAGE), np.int32)
     lengths = np.zeros(self._parts, np.int32)
@@ -379,7 +365,7 @@ class Engine:
     for part, (group, request) in batch.items():
       ids = request.prompt[:-1]  # the last is the first that a slot runs
       tokens[part, : len(ids)], lengths[part] = ids, len(ids)
-      number = _num_pages(request.prompt)
+      number = num_pages(len(request.prompt))
       free = np.nonzero(owner[part] < 0)[0][:number]
       pages[part, :number], owner[part, free] = free, group
       start[part, free] = decoder.PAGE * np.arange(number)
@@ -483,6 +469,38 @@ def _unstack(params, dtype):
   return decoder.unstack_layers(lora.merge(params, dtype), dtype)
 
 
+def arrange(
+    samples: Sequence[int], needs: Sequence[int], *, num_slots: int, parts: int,
+    last: tuple[int, int] = (0, 0),
+) -> tuple[int, int, int]:
+  """Arranges free slots for prompts that wait.
+
+  Args:
+    samples, needs: of each prompt the samples that wait, and its pages.
+    num_slots: samples decoded together, about.
+    parts: F.
+    last: slots of a group and pages of a part that programs are compiled for.
+
+  Returns:
+    groups G, slots W of a group, pages Q of a part.
+  """
+  # Slots of a group share the product with the prompt's keys, but those that
+  # end early wait for the last: with a queue, half as many slots take turns.
+  width = _width(max(samples), num_slots, parts)
+  if sum(samples) > num_slots:
+    width = max(1, width // 2)
+  # What was compiled for will do: half the width, and pages of which no more
+  # than half are empty.
+  last_width, last_pages = last
+  if last_width <= width <= 2 * last_width:
+    width = last_width
+  groups = max(1, num_slots // (width * parts)) * parts
+  pages = max(max(needs), math.ceil(sum(needs[:groups]) / parts))
+  if width == last_width and pages <= last_pages <= max(2 * pages, _FEWEST):
+    return groups, width, last_pages
+  return groups, width, max(_FEWEST, _rung(pages, 4))
+
+
 def _width(samples: int, num_slots: int, parts: int) -> int:
   """Slots of a group for so many samples of a prompt."""
   width = min(_WIDEST, samples, max(1, num_slots // parts))
@@ -495,17 +513,17 @@ def _rung(number: int, steps: int) -> int:
   return -(-number // step) * step
 
 
-def _ring(length: int) -> int:
+def ring(length: int) -> int:
   """The length of the ring for so many own tokens."""
   return decoder.PAGE * _rung(-(-int(length) // decoder.PAGE), 1)
 
 
-def _num_pages(prompt: np.ndarray) -> int:
-  """Pages of a prompt, at least one; its last token is in none."""
-  return max(1, -(-(len(prompt) - 1) // decoder.PAGE))
+def num_pages(length: int) -> int:
+  """Pages of a prompt of so many tokens, at least one; its last is in none."""
+  return max(1, -(-(length - 1) // decoder.PAGE))
 
 
-def _empty_slots(
+def empty_slots(
     groups: int, width: int, num_stops: int, parts: int, pages: int
 ) -> sampler.Slots:
   """Slots that nobody has, as numpy arrays that are written in place."""

@@ -38,7 +38,7 @@ class GenerationService:
       tokenizer: Any = None,
       vocab_size: int | None = None,
       compute_dtype: Any = jnp.float32,
-      num_slots: int = 64,
+      num_slots: int = engine_lib.NUM_SLOTS,
       mesh: Mesh | None = None,
   ):
     """Compiles nothing yet.

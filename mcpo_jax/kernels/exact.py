@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mcpo_jax.kernels import mc
+from mcpo_jax.kernels import sets as sets_lib
 from mcpo_jax.types import Array, Features, KernelState, SetBatch
 
 
@@ -46,23 +47,9 @@ def pool_sets(pools: np.ndarray, anchors: dict[str, Array]) -> SetBatch:
     pools: [N, 1 + L] int.
     anchors: name -> [V], e.g. the reference's log-probabilities.
   """
-  num_pools, num_slots = pools.shape
-  role = np.full(pools.shape, -1, np.int8)
-  role[:, 0] = 1
-  ids = np.arange(num_pools, dtype=np.uint32)
-  slots = np.arange(num_slots, dtype=np.uint32)
-  return SetBatch(
-      role=role,
-      candidate_mask=np.ones(pools.shape, bool),
-      candidate_id=np.broadcast_to(slots, pools.shape),
-      multiplicity=np.ones(pools.shape, np.int32),
-      scores=np.full(pools.shape, np.nan, np.float32),
-      lengths=np.ones(pools.shape, np.int32),
-      anchors={name: x[pools] for name, x in anchors.items()},
-      example_id=np.stack([ids, np.zeros_like(ids)], axis=1),
-      visit=np.zeros(num_pools, np.int32),
-      row=np.arange(num_pools, dtype=np.int32),
-  )
+  return sets_lib.make_sets(
+      np.full(pools.shape, np.nan),
+      anchors={name: x[pools] for name, x in anchors.items()})
 
 
 def transition_matrix(

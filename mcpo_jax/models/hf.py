@@ -367,7 +367,7 @@ def save_params(
           shutil.copyfile(source, folder / name)
 
   commit.write_folder(
-      pathlib.Path(path), write, {"kind": "hf"}, replace=True)
+      pathlib.Path(path), write, {"kind": "hf"}, replace=True, point="export")
 
 
 def _plan(config, shapes, max_bytes) -> list[list[tuple]]:

@@ -16,9 +16,10 @@ import numpy as np
 from absl import logging
 
 from mcpo_jax import commit, devices, errors, sharding
+from mcpo_jax.generation import engine
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, flops, hf, hub, lora
-from mcpo_jax.planning import collectives, programs, topology
+from mcpo_jax.planning import collectives, programs, sampler, topology
 from mcpo_jax.training import architecture, setup
 from mcpo_jax.training import stage as stage_lib
 
@@ -115,6 +116,8 @@ def plan(
     values[f"plan/{part}/peak_bytes"] = own + memory.resident
   show(*_cost_lines(config, target, model, stage, batch, functions, memory,
                     compiled, price, values))
+  if _samples(config):
+    _plan_sampling(config, target, model, memory, values, show)
   if workdir is not None:
     workdir.mkdir(parents=True, exist_ok=True)
     commit.write_file(workdir / "summary.json", json.dumps(values, indent=1))
@@ -183,13 +186,19 @@ def resident(
   copies = size(state.moving)
   if config["reference"]["source"] in ("resident", "previous_round", "ema"):
     copies += size(policy)
-  data, online = config["data"], config["online"]["enabled"]
-  if online or data["eval_path"] or data["eval_fraction"]:
+  if _samples(config):
     copies += size(jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(
             x.shape, model.compute_dtype, sharding=x.sharding), policy))
   return Memory(size(policy) + size(state.params) * bool(model.frozen),
                 size(state.opt_state), size(gradients), copies)
+
+
+def _samples(config: dict[str, Any]) -> bool:
+  """Whether the run samples, for rounds or for its evaluation."""
+  data = config["data"]
+  return bool(config["online"]["enabled"] or data["eval_path"]
+              or data["eval_fraction"])
 
 
 def own_bytes(
@@ -202,6 +211,50 @@ def own_bytes(
       for x in jax.tree.leaves(argument)
       if isinstance(x, jax.ShapeDtypeStruct) and x.size > 2**16)
   return max(0, program.peak - min(counted, memory.resident))
+
+
+def _plan_sampling(config, target, model, memory, values, show) -> None:
+  """Compiles the sampler's functions, says what they hold and how fast they
+  can be.
+
+  Raises:
+    ResourceError: plan.memory.
+  """
+  device, data, online = target.device, config["data"], config["online"]
+  if config["generation"]["num_devices"]:
+    show("sampling: on devices of its own, which are not planned")
+    return
+  samples = config["generation"]["num_samples"]
+  if online["enabled"]:
+    samples = online["num_samples"] or online["num_candidates"]
+  length = (config["generation"]["max_new_tokens"]
+            or data["max_completion_length"])
+  parts, cache, slots = sampler.sampling_programs(
+      model, samples=samples, prompts=ROWS, num_slots=engine.NUM_SLOTS,
+      prompt_length=data["max_prompt_length"], completion_length=length)
+  show(f"sampling {samples} of a prompt, {slots} at a time, compiled at "
+       f"{sampler.DEPTH} layers; keys and values of all are {_gib(cache)}:")
+  for part, found in parts.items():
+    program = programs.compile_program(part, *found, model.mesh)
+    own = cache + max(0, program.peak - programs.size_on_device(found[1]))
+    show(f"  {part:9} {_gib(own):>9} of its own, peak "
+         f"{_gib(own + memory.resident)} of {_gib(device.memory)} (compiled "
+         f"in {program.seconds:.0f} s)")
+    if not program.fits or own + memory.resident > device.memory:
+      raise refuse(own + memory.resident, target, f"the function {part}",
+                   "shorter data.max_completion_length, or a sampler on "
+                   "devices of its own (generation.num_devices)")
+    values[f"plan/{part}/peak_bytes"] = own + memory.resident
+  count = sum(x.size for x in jax.tree.leaves(
+      model.policy(model.param_shapes)))
+  weights = count * jnp.dtype(model.compute_dtype).itemsize / (
+      model.mesh.shape["tensor"])
+  gathered = weights * (1 - 1 / model.mesh.shape["fsdp"])
+  step = Time(2 * count * slots / target.num_devices / device.flops,
+              (weights + cache) / device.bandwidth, gathered / device.links)
+  show(f"  a token of all {slots}: {step}; at most "
+       f"{slots / step.least:.4g} tokens/s")
+  values["plan/sampling_tokens_per_sec"] = slots / step.least
 
 
 # --- what is said -------------------------------------------------------------

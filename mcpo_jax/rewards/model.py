@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from mcpo_jax import errors, sharding, types
-from mcpo_jax.data import packing
+from mcpo_jax.data import packing, store
 from mcpo_jax.data import tokenizer as tokenizer_lib
-from mcpo_jax.data.readers import Messages, Record
+from mcpo_jax.data.readers import Messages
 from mcpo_jax.models import decoder, hf
 from mcpo_jax.models import reward as model_lib
 from mcpo_jax.models.config import ModelConfig
@@ -67,7 +67,8 @@ def make_reward_model(path: str) -> Reward:
       groups.setdefault(json.dumps(prompt, sort_keys=True), []).append(i)
     members = list(groups.values())
     sets = [
-        _encode(tokenizer, prompts[some[0]], [completions[i] for i in some])
+        store.text_set(tokenizer, prompts[some[0]],
+                       [completions[i] for i in some], "reward model")
         for some in members]
     sets = [
         model_lib.mark_last(one, pad_id=config.pad_token_id,
@@ -134,7 +135,7 @@ def tail_ids(tokenizer: tokenizer_lib.Tokenizer, *, where: str) -> list[int]:
   """
   if tokenizer.template is None:
     return []
-  one = _encode(tokenizer, _PROMPT, [_COMPLETION])
+  one = store.text_set(tokenizer, _PROMPT, [_COMPLETION], "reward model")
   ids = [*one.prompt.tolist(), *one.completions[0].tolist()]
   text = tokenizer.render(
       [{"role": "user", "content": _PROMPT},
@@ -147,20 +148,6 @@ def tail_ids(tokenizer: tokenizer_lib.Tokenizer, *, where: str) -> list[int]:
         "not how the chat template renders them", where=where, got=whole,
         want=ids, hint="a template for reward models ends the assistant's turn")
   return whole[len(ids):]
-
-
-def _encode(
-    tokenizer: tokenizer_lib.Tokenizer, prompt: str | Messages,
-    completions: list[str],
-) -> types.CandidateSet:
-  """A prompt and its completions as ids, without preference."""
-  encoded = tokenizer.encode_record(Record(
-      prompt, completions, None, None, "", None, {}, "reward model"))
-  count = len(completions)
-  return types.CandidateSet(
-      np.zeros(2, np.uint32), "", encoded.prompt, encoded.completions,
-      encoded.masks, np.arange(count, dtype=np.uint32),
-      np.ones(count, np.int32), np.full(count, np.nan, np.float32), -1)
 
 
 def _pack(

@@ -1,6 +1,5 @@
 """On-policy candidates of the preference stage: sampled, scored, compared."""
 
-import json
 import math
 import time
 from typing import Any
@@ -16,6 +15,7 @@ from mcpo_jax.rewards import functions
 from mcpo_jax.stages import references, sampling
 from mcpo_jax.training import alarms, candidates, reference, setup
 from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import metrics as metrics_lib
 from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import stage as stage_lib
 from mcpo_jax.training.candidates import Candidate
@@ -88,7 +88,7 @@ def make_rounds(
       name: config["online"][name] for name in alarms.Limits._fields})
 
   def check(step, pool):
-    history = read_metrics(run)
+    history = metrics_lib.read(run.workdir, "preference")
     rounds = [row for row in history if "candidates/score" in row]
     updates = [row for row in history
                if "loss" in row and row["step"] > step - plan.num_steps]
@@ -100,16 +100,6 @@ def make_rounds(
       plan, run.workdir / "preference" / "rounds", fill,
       batch_size=stage.batch_size, seed=stage.seed, arrange=arrange,
       check=check)
-
-
-def read_metrics(run: setup.Run) -> list[dict[str, Any]]:
-  """The rows of the preference stage that were written so far; what JSON
-  cannot hold, not a number, is that again."""
-  path = run.workdir / "metrics.jsonl"
-  lines = path.read_text().splitlines() if path.exists() else []
-  return [{key: math.nan if value is None else value
-           for key, value in row.items()}
-          for row in map(json.loads, lines) if row["stage"] == "preference"]
 
 
 class Filler:

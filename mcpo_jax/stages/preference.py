@@ -5,7 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import commit, hosts, objective_names, types, user_code
+from mcpo_jax import (
+  commit,
+  hosts,
+  objective_names,
+  settings,
+  types,
+  user_code,
+)
 from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf, lora, peft
@@ -68,10 +75,10 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   params, step = loop.train(
       stage, model, make_batch, trained, folder, writer,
       setup.schedule_of(run),
-      meta={"stage": "preference", "data": data.key,
-            "model": str(model.config), "start": hf.params_sha256(start()),
-            "objective": stage.objective,
-            "own_code": own_code(stage)},
+      meta=run.origin | {
+          "stage": "preference", "data": data.key, "model": str(model.config),
+          "start": hf.params_sha256(start()), "objective": stage.objective,
+          "own_code": own_code(stage, config)},
       reference=compared["train"], evaluate=evaluate,
       expect_start=references.is_start(config)
       and not config["online"]["extrapolation"],
@@ -121,13 +128,20 @@ def make_show(run, data, path):
   return show
 
 
-def own_code(stage: stage_lib.Stage) -> dict[str, str]:
-  """Name -> SHA-256 of the file, of objectives and kernels of the user's own:
-  a run goes on only with the code it began with."""
+def own_code(
+    stage: stage_lib.Stage, config: dict[str, Any]
+) -> dict[str, str | None]:
+  """Name -> SHA-256 of the file, of objectives and kernels of the user's own
+  and of the reward that rounds train on: a run goes on only with the code it
+  began with."""
   hashes = objective_names.source_hashes(stage.objective)
   strategy = stage.kernel["strategy"]
   if ":" in strategy:
     hashes[strategy] = user_code.check_kernel(strategy).sha256
+  if config["online"]["enabled"] and config["reward"]["name"]:
+    for name, _ in settings.parse_rewards(config["reward"]["name"]):
+      if ":" in name:
+        hashes[name] = user_code.source_hash(name)
   return hashes
 
 

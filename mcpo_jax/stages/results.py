@@ -8,7 +8,7 @@ from mcpo_jax import commit, errors, hosts
 from mcpo_jax.models import hf
 from mcpo_jax.training import setup
 
-_POLICIES = ("preference", "sft")  # the later one first
+POLICIES = ("preference", "sft")  # the later one first
 
 
 class Weights(NamedTuple):
@@ -24,7 +24,6 @@ def save_model(run, folder, params, model) -> None:
   hf.save_params(folder, params, model.config,
                  tokenizer_dir=run.workdir / "tokenizer",
                  stop_ids=run.tokenizer.stop_ids)
-  commit.write_manifest(folder, {})
   hosts.wait_for_first("a model")
 
 
@@ -58,11 +57,15 @@ def finished(run: setup.Run, stage: str) -> pathlib.Path:
   Raises:
     CheckpointError: ckpt.none, or what `commit.verify` finds.
   """
-  folder = run.workdir / stage
+  return finished_in(run.workdir / stage)
+
+
+def finished_in(folder: pathlib.Path) -> pathlib.Path:
+  """The verified model of a stage's folder; raises as `finished`."""
   if not (folder / "result.json").exists():
     raise errors.CheckpointError(
-        "ckpt.none", f"the {stage} stage has not finished", where=str(folder),
-        hint="run `train` first")
+        "ckpt.none", f"the {folder.name} stage has not finished",
+        where=str(folder), hint="run `train` first")
   commit.verify(folder / "model")
   return folder / "model"
 
@@ -73,7 +76,7 @@ def check_weights(config: dict[str, Any], workdir: pathlib.Path) -> None:
   Raises:
     ConfigError: config.missing, random weights have nothing to say.
   """
-  finished = [(workdir / stage / "result.json").exists() for stage in _POLICIES]
+  finished = [(workdir / stage / "result.json").exists() for stage in POLICIES]
   if not (config["model"]["path"] or any(finished)):
     raise errors.ConfigError(
         "config.missing", "no stage has finished in this workdir, and no "
@@ -83,7 +86,7 @@ def check_weights(config: dict[str, Any], workdir: pathlib.Path) -> None:
 
 def find_weights(run: setup.Run) -> Weights:
   """Those that the last finished stage ended with, or those of model.path."""
-  for stage in _POLICIES:
+  for stage in POLICIES:
     result = run.workdir / stage / "result.json"
     if result.exists():
       return Weights(f"{run.workdir.resolve().name}/{stage}",

@@ -80,8 +80,9 @@ def run_reward_model(
   params, step = loop.train(
       stage, model, lambda step: marked(make_batch(step)), start, folder,
       writer, setup.schedule_of(run)._replace(estimate_every=None),
-      meta={"stage": "reward_model", "data": data.key,
-            "model": str(model.config), "start": hf.params_sha256(start())},
+      meta=run.origin | {
+          "stage": "reward_model", "data": data.key,
+          "model": str(model.config), "start": hf.params_sha256(start())},
       evaluate=evaluate and (lambda functions, state: {
           f"eval/{name}": value for name, value in evaluate(
               step_lib.policy_of(state.params)).items()}))

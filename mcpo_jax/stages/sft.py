@@ -50,7 +50,7 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     params, _ = loop.train(
         stage, model, make_batch, start, folder, writer,
         setup.schedule_of(run)._replace(estimate_every=None),
-        meta={"stage": "sft", "key": key})
+        meta=run.origin | {"stage": "sft", "key": key})
     results.save_model(run, target, params, model)
     commit.write_folder(
         shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})

@@ -150,10 +150,17 @@ def lay_out(
         "config.divisible", "the tensor axis splits heads", where="mesh.tensor",
         got=tensor, want=f"a divisor of {model.num_heads} query and "
         f"{model.num_kv_heads} key-value heads")
-  shapes = decoder.param_shapes(model, dtype=jnp.dtype(options["param_dtype"]))
-  shapes = jax.tree.map(
+  return stage_lib.Model(
+      model, mesh, placed_shapes(model, mesh, options["param_dtype"]),
+      jnp.dtype(options["compute_dtype"]),
+      options["remat"], num_streams, data["stream_length"], pad_id)
+
+
+def placed_shapes(
+    model: config_lib.ModelConfig, mesh: jax.sharding.Mesh, dtype: str
+) -> Any:
+  """Shapes of an architecture's weights, with where they lie on a mesh."""
+  shapes = decoder.param_shapes(model, dtype=jnp.dtype(dtype))
+  return jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes, sharding.infer_shardings(shapes, decoder.PARAM_RULES, mesh))
-  return stage_lib.Model(
-      model, mesh, shapes, jnp.dtype(options["compute_dtype"]),
-      options["remat"], num_streams, data["stream_length"], pad_id)

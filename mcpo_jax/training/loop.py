@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+import mcpo_jax
 from mcpo_jax import (
     checkpoints,
     errors,
@@ -24,7 +25,7 @@ from mcpo_jax import (
     types,
 )
 from mcpo_jax.training import batch as batch_lib
-from mcpo_jax.training import estimator, performance, update
+from mcpo_jax.training import estimator, launches, performance, update
 from mcpo_jax.training import metrics as metrics_lib
 from mcpo_jax.training import rounds as rounds_lib
 from mcpo_jax.training import step as step_lib
@@ -49,6 +50,7 @@ class Schedule(NamedTuple):
   estimate_every: int | None = None  # `estimator.compare_gradients`
   show_every: int = 1
   profile: pathlib.Path | None = None  # folder of a trace of some updates
+  save_seconds: float = checkpoints.TIMEOUT_SECONDS  # that a save may take
 
 
 def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
@@ -160,7 +162,8 @@ def train(
   """
   functions = make_functions(stage, model, reference.config)
   meter = performance.Meter(functions, model.mesh, when.profile)
-  keeper = checkpoints.Checkpointer(folder / "checkpoints", keep=when.keep)
+  keeper = checkpoints.Checkpointer(
+      folder / "checkpoints", keep=when.keep, timeout=when.save_seconds)
   with preempt.guarded():
     try:
       return _train(stage, model, make_batch, start, folder, writer, when,
@@ -182,6 +185,8 @@ def _train(
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
+  code = [mcpo_jax.__version__, launches.commit_of_code()]
+  keeper.check_room(functions.state_shapes, best=when.keep_best)
   restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
   step, evaluated = 0, evaluate is None
@@ -201,7 +206,9 @@ def _train(
   def save() -> None:
     if rounds is not None:
       rounds.settle()
-    keeper.save(step, state, meta | {"best": best, "evaluated": evaluated})
+    keeper.save(step, state, meta | {
+        "best": best, "evaluated": evaluated, "code": code,
+        "cursor": {"step": step, "examples": step * stage.batch_size}})
 
   def judge() -> dict[str, Any]:
     """The best after an evaluation of now."""
@@ -217,7 +224,7 @@ def _train(
 
   # --- Loop ------------------------------------------------------------------
   bar = tqdm(total=stage.num_steps, initial=step, desc=stage.name,
-             unit="step", disable=not sys.stderr.isatty())
+             unit="step", disable=not is_watched())
   try:
     if not evaluated:  # the start is not, nor where a stop came in between
       best, evaluated = judge(), True
@@ -290,6 +297,12 @@ def _train(
     logging.info("%s: step %d evaluated best", stage.name, step)
     state = keeper.restore(step, functions.state_shapes)
   return step_lib.policy_of(state.params), step
+
+
+def is_watched() -> bool:
+  """Whether somebody sees a line that changes: on a terminal or in a notebook,
+  where the interpreter has prompts."""
+  return sys.stderr.isatty() or hasattr(sys, "ps1")
 
 
 def _patience_over(best: dict[str, Any], when: Schedule) -> bool:

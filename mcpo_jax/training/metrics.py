@@ -29,6 +29,16 @@ def one_line(values: dict[str, Any]) -> str:
   return " ".join(f"{k}={float(values[k]):.4g}" for k in shown if k in values)
 
 
+def read(workdir: pathlib.Path, stage: str) -> list[dict[str, Any]]:
+  """The rows of a stage in the workdir's metrics.jsonl, so far; what JSON
+  cannot hold, not a number, is that again."""
+  path = pathlib.Path(workdir) / "metrics.jsonl"
+  lines = path.read_text().split("\n")[:-1] if path.exists() else []
+  return [{key: math.nan if value is None else value
+           for key, value in row.items()}
+          for row in map(json.loads, lines) if row["stage"] == stage]
+
+
 class Writer:
   """Writes flat dicts of scalars. The step is the key: a resumed stage first
   cuts off what it is about to write again."""

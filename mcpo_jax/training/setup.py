@@ -1,7 +1,5 @@
 """From a resolved config to the objects a run is made of."""
 
-import datetime
-import fcntl
 import hashlib
 import json
 import math
@@ -10,6 +8,7 @@ import pathlib
 import re
 import socket
 import time
+import uuid
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -38,11 +37,12 @@ from mcpo_jax.training import stage as stage_lib
 _FREE = re.compile(
     r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|serve\..*|"
     r"benchmark\..*|evaluation\.(models|baseline|reward)|"
-    r"generation\.(url|spool|token_path)|checkpoint\.(every_steps|keep))$")
+    r"generation\.(url|spool|token_path)|"
+    r"checkpoint\.(every_steps|keep|timeout_seconds))$")
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 
 
 class Run(NamedTuple):
@@ -57,6 +57,14 @@ class Run(NamedTuple):
   # Of online rounds, None: the mesh samples too.
   sampler_mesh: jax.sharding.Mesh | None = None
   profile: bool = False  # whether stages write a trace
+  id: str = ""  # the same at every start in this workdir
+
+  @property
+  def origin(self) -> dict[str, str]:
+    """What every checkpoint must have in common with the run."""
+    config = {key: value for key, value in settings.flatten(
+        self.config).items() if not _FREE.match(key)}
+    return {"run": self.id, "config": digest(config)}
 
 
 def digest(value: Any) -> str:
@@ -98,10 +106,12 @@ def open_run(
   if config["model"]["path"]:
     model_dir = resolve_once(
         workdir, config["model"]["path"], config["model"]["revision"])
-  store_config(config, workdir)
+  run_id = hosts.from_first(
+      "the config", lambda: store_config(config, workdir))
   launches.record(workdir)
   return Run(config, workdir, cache, mesh, model_dir,
-             open_tokenizer(config, workdir, model_dir), sampler_mesh, profile)
+             open_tokenizer(config, workdir, model_dir), sampler_mesh, profile,
+             run_id)
 
 
 def keep_programs(cache: pathlib.Path) -> None:
@@ -172,9 +182,6 @@ def resolve_once(
   return hf.resolve_model(path, pathlib.Path(folder).name)
 
 
-_locks: dict[pathlib.Path, Any] = {}  # open files; a lock ends with its process
-
-
 def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
   """Locks the workdir and compares the config with the one it holds.
 
@@ -186,8 +193,8 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
     raise errors.ResourceError(
         "ckpt.path", "object stores are not supported as a workdir",
         where=str(workdir), want="a folder", hint="mount the bucket")
-  if workdir.resolve() not in _locks:
-    lock(workdir)
+  commit.lock(workdir)
+  commit.sweep(workdir)
 
   path = workdir / "config.json"
   if path.exists():
@@ -226,36 +233,15 @@ def check_shared(folder: pathlib.Path) -> None:
     time.sleep(0.1)  # network file systems remember that there was no file
 
 
-def lock(workdir: pathlib.Path) -> None:
-  """Makes this process the only writer of the workdir, until it ends.
-
-  Raises:
-    CheckpointError: ckpt.locked, ResourceError: ckpt.path.
-  """
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = open(workdir / ".lock", "a+")
-  except OSError as e:
-    raise errors.ResourceError("ckpt.path", str(e), where=str(workdir)) from e
-  try:
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except OSError:
-    file.seek(0)
-    raise errors.CheckpointError(
-        "ckpt.locked", "another process writes to this workdir",
-        where=str(workdir), got=file.read().strip()) from None
-  file.truncate(0)
-  now = datetime.datetime.now().isoformat(" ", "seconds")
-  file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}")
-  file.flush()
-  _locks[workdir.resolve()] = file
-
-
-def store_config(config: dict[str, Any], workdir: pathlib.Path) -> None:
-  """Keeps the resolved config in the workdir, as JSON."""
-  commit.write_file(workdir / "config.json", json.dumps(
-      {"version": settings.CONFIG_VERSION, "config": config},
+def store_config(config: dict[str, Any], workdir: pathlib.Path) -> str:
+  """Keeps the resolved config in the workdir, as JSON; gives the run's id."""
+  path, run_id = workdir / "config.json", uuid.uuid4().hex
+  if path.exists():
+    run_id = json.loads(path.read_text())["run"]
+  commit.write_file(path, json.dumps(
+      {"version": settings.CONFIG_VERSION, "run": run_id, "config": config},
       indent=1, sort_keys=True))
+  return run_id
 
 
 def check_devices() -> None:
@@ -454,6 +440,7 @@ def schedule_of(run: Run) -> loop.Schedule:
       save_every=checkpoint["every_steps"], keep=checkpoint["keep"],
       evaluate_every=evaluation["every_steps"],
       patience=evaluation["patience"], keep_best=checkpoint["keep_best"],
+      save_seconds=checkpoint["timeout_seconds"],
       estimate_every=evaluation["estimator_every_steps"],
       show_every=config["log"]["candidates_every_steps"],
       profile=run.workdir / "profile" if run.profile else None)

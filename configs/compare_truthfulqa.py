@@ -1,0 +1,29 @@
+"""Which negatives, on true and false answers: up to 42 candidates a question.
+
+The rows of `compare_protoqa.py`; scores are people's labels, 1 for true and
+informative, 0.5 for true alone, 0 for false. A model trained here must not be
+evaluated on TruthfulQA: its questions are these.
+
+Data: kwise/truthfulqa of the project's data folder, expected beside the
+checkout; elsewhere, give data.path and sft.data_path. Hardware: 2 CPU cores,
+4 GB. Command:
+
+  python -m mcpo_jax compare --config=configs/compare_truthfulqa.py \
+      --workdir=runs/compare_truthfulqa
+"""
+
+import ml_collections
+
+from configs import compare_protoqa
+
+_DATA = "../shared/data/kwise/truthfulqa.train.jsonl.gz"
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the locked config."""
+  config = compare_protoqa.get_config()
+  config.data.path = _DATA
+  config.sft.data_path = _DATA
+  config.data.max_completion_length = 64
+  config.data.stream_length = 512
+  return config
