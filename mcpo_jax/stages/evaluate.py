@@ -67,6 +67,9 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   if done is not None and content is not None and not benchmark:
     return done
   models = contenders.find(run)
+  data, summary = run.config["data"], {}
+  if data["eval_path"] or data["eval_fraction"]:
+    summary = held_out_metrics(run)
   if content is None:
     content = held_out(run, models) | {"settings": wanted}
   if benchmark:
@@ -77,9 +80,7 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     ] + rows
   folder.mkdir(exist_ok=True)
   tables.write(folder, content)
-  summary = tables.flatten(content)
-  if content["models"]:
-    summary = held_out_metrics(run) | summary
+  summary |= tables.flatten(content)
   writer.write("evaluate", 0, {
       k: v for k, v in summary.items() if isinstance(v, int | float)})
   return results.write_result(run, "evaluate", summary)
@@ -125,7 +126,8 @@ def _looks(where: str) -> str:
   """A hash that changes with the files of a folder; of another place empty."""
   folder = pathlib.Path(where).expanduser()
   seen = [(str(path), path.stat().st_size, path.stat().st_mtime_ns)
-          for pattern in ("*.safetensors", "*/result.json")
+          for pattern in ("*.safetensors", "preference/result.json",
+                          "sft/result.json")
           for path in sorted(folder.glob(pattern))]
   return hashlib.sha256(json.dumps(seen).encode()).hexdigest() if seen else ""
 
