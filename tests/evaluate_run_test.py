@@ -256,6 +256,11 @@ def test_a_killed_benchmark_goes_on(session, tmp_path):
   assert answers[0] == answers[1] and len(answers[0]) == 70
 
 
+def foreign_file(workdir):
+  (workdir / "evaluate").mkdir(exist_ok=True)
+  (workdir / "evaluate/evaluation.json").write_text("[1")
+
+
 def spoil_metrics(workdir):
   (workdir / "metrics.jsonl").write_text('{"stage": "sft"}\nnot a line\n')
 
@@ -288,17 +293,20 @@ OTHER = ["--config.evaluation.models=other={}/other"]
     ([], spoil_metrics, "evaluate.metrics"),
     (OTHER, copy_model(models_folders.nan_at), "hf.non_finite"),
     (OTHER, copy_model(lambda x: x + np.float32(3e38)), "model.non_finite"),
-    ([], lambda w: (w / "evaluate/evaluation.json").write_text("[1"),
-     "evaluate.foreign"),
+    ([], foreign_file, "evaluate.foreign"),
     (["--config.benchmark.name=mt_bench",
       "--config.benchmark.questions_path={}/none.jsonl"], None,
      "data.no_files"),
+    (["--config.benchmark.name=gsm8k",
+      "--config.benchmark.questions_path={}/data/kwise.jsonl"], None,
+     "data.field_missing"),
 ])
 def test_a_refusal_leaves_nothing_half_written(
     session, tmp_path, flags, spoil, slug):
   workdir = tmp_path / "run"
   shutil.copytree(session.workdir, workdir)
   (tmp_path / "empty").mkdir()
+  shutil.copytree(session.folder / "data", tmp_path / "data")
   for path in workdir.glob("evaluate/*.json"):
     if spoil is not None and path.exists():
       path.unlink()

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import mcpo_jax
 from mcpo_jax import commit, errors, faults, hosts
+from mcpo_jax.data import files
 from mcpo_jax.evaluation import benchmarks, judgments, statistics, tables
 from mcpo_jax.evaluation.benchmarks import Answer, Question
 from mcpo_jax.generation.sampling import Sampling
@@ -38,35 +39,49 @@ _PART = 64  # questions that are answered and committed together
 _FREE = ("answers", "code")
 
 
+def open_questions(run: setup.Run) -> list[Question]:
+  """The questions of config.benchmark; also looks for the judgments' file.
+
+  Raises:
+    DataError: as `benchmarks.read_questions`, data.no_files.
+  """
+  options = run.config["benchmark"]
+  for path in (options["judgments_path"], options["baseline_path"]):
+    if path:
+      files.expand(path)
+  questions = [
+      Question(key, category, tuple(turns), row)
+      for key, category, turns, row in hosts.from_first(
+          "questions", lambda: benchmarks.read_questions(
+              options["name"], options["questions_path"]))]
+  expected = benchmarks.BENCHMARKS[options["name"]].expected
+  if len(questions) != expected:
+    logging.warning("%s: %d questions of %d, so nothing to compare with "
+                    "published results", options["name"], len(questions),
+                    expected)
+  return questions
+
+
 def run_benchmark(
-    run: setup.Run, models: Sequence[Contender], shas: dict[str, str]
+    run: setup.Run, models: Sequence[Contender],
+    questions: Sequence[Question], shas: dict[str, str],
 ) -> list[dict[str, Any]]:
   """Answers what is not answered yet, then reads what the judge said.
 
   Args:
     run: whose config.benchmark names the benchmark.
     models: that answer.
+    questions: from open_questions.
     shas: name -> params_sha256, of those whose hash is known.
 
   Returns:
     Rows of `tables`, one per model.
 
   Raises:
-    DataError: questions, judgments or answers of another form.
+    DataError: judgments or answers of another form.
     CheckpointError: benchmark.mismatch, there are answers of other settings,
       weights or questions; benchmark.bundle, or what `commit.verify` finds.
   """
-  options = run.config["benchmark"]
-  name = options["name"]
-  questions = [
-      Question(key, category, tuple(turns), row)
-      for key, category, turns, row in hosts.from_first(
-          "questions", lambda: benchmarks.read_questions(
-              name, options["questions_path"]))]
-  expected = benchmarks.BENCHMARKS[name].expected
-  if len(questions) != expected:
-    logging.warning("%s: %d questions of %d, so nothing to compare with "
-                    "published results", name, len(questions), expected)
   for model in models:
     answer_questions(run, model, questions, shas.get(model.name))
   return hosts.from_first("judgments", lambda: read_rows(

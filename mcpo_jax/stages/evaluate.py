@@ -70,16 +70,18 @@ def run_evaluate(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   data, summary = run.config["data"], {}
   if data["eval_path"] or data["eval_fraction"]:
     summary = held_out_metrics(run)
+  questions = benchmarks.open_questions(run) if benchmark else []
   if content is None:
     content = held_out(run, models) | {"settings": wanted}
+    folder.mkdir(exist_ok=True)
+    tables.write(folder, content)
   if benchmark:
-    rows = benchmarks.run_benchmark(run, models, {
+    rows = benchmarks.run_benchmark(run, models, questions, {
         one["name"]: one["params_sha256"] for one in content["models"]})
     content["benchmarks"] = [
         row for row in content["benchmarks"] if row["benchmark"] != benchmark
     ] + rows
-  folder.mkdir(exist_ok=True)
-  tables.write(folder, content)
+    tables.write(folder, content)
   summary |= tables.flatten(content)
   writer.write("evaluate", 0, {
       k: v for k, v in summary.items() if isinstance(v, int | float)})
