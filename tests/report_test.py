@@ -9,7 +9,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, main, settings
 from mcpo_jax.evaluation import report, tables
 
 CANARY = "</script><b id=canary>'\"&amp;</b><!--<script>\u2028\ud800 é"
@@ -250,6 +250,34 @@ def test_files_that_are_missing_are_not_missed(tmp_path):
     assert shown in text, shown
 
 
+def test_an_evaluation_without_held_out_data_is_shown(tmp_path):
+  folder = write_run(tmp_path / "run")
+  tables.write(folder / "evaluate", {
+      "seed": 0, "num_prompts": 0, "num_sets": 0, "reference": None,
+      "baseline": None, "beta": None, "gain": None, "models": [],
+      "frontier": [], "benchmarks": []})
+  assert "Models beside each other" not in write(folder).text
+
+
+def test_the_verb_needs_workdirs_and_nothing_else(tmp_path, capsys):
+  one, two = (write_run(tmp_path / name, beta=beta)
+              for name, beta in (("one, too", 0.1), ("two", 0.2)))
+  main.run(["report", f"--workdir={one}"])  # a comma of a folder's own
+  assert capsys.readouterr().out.strip() == str(one / "report.html")
+  assert (one / "report_png/preference.png").exists()
+  both = ["report", f"--workdir={two},{tmp_path / 'one'}"]
+  for argv, where in (
+      (both, "--out"),
+      ([*both, "--out=x.html", "--config.seed=1"], "--config.seed"),
+      ([*both, "--out=x.html", "--config=x.py"], "--config"),
+      (["report", f"--workdir={one}", "--price-per-chip-hour=cheap"],
+       "--price-per-chip-hour"),
+      (["report"], "--workdir")):
+    with pytest.raises(errors.ConfigError) as caught:
+      main.run(argv)
+    assert (caught.value.slug, caught.value.where) == ("cli.flag", where)
+
+
 def test_no_run_is_refused_and_the_old_page_stays(tmp_path):
   folder, out = write_run(tmp_path / "run"), tmp_path / "run/report.html"
   out.write_text("old")
@@ -318,8 +346,8 @@ def test_a_long_run_is_a_small_page(tmp_path):
 
 def test_the_main_curves_are_pictures_beside_the_page(tmp_path):
   folder = write_run(tmp_path / "run")
-  for _ in range(2):  # the second time it replaces
-    report.write_report([folder], folder / "report.html")
+  (folder / "report_png").mkdir()
+  report.write_report([folder], folder / "report.html")  # replaces
   assert (folder / "report_png/preference.png").read_bytes()[1:4] == b"PNG"
   assert "report_png" in (folder / "report.html").read_text("utf-8")
 

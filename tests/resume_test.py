@@ -1,10 +1,13 @@
 """Killed runs: the same line again ends with the weights of an unbroken run."""
 
+import json
 import re
 import shutil
 
 import pytest
 import run_cases
+
+from mcpo_jax.evaluation import report
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +52,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
       "train", tmp_path / "run", cache, *flags, MCPO_FAULT=fault)
   assert killed.returncode == -9
   before = rows(tmp_path / "run", "preference")
+  report.write_report([tmp_path / "run"], tmp_path / "killed.html",
+                      pictures=False)
   again = run_cases.run("train", tmp_path / "run", cache, *flags)
   assert again.returncode == 0, again.stderr[-3000:]
   assert (run_cases.summary(tmp_path / "run")["params/sha256"]
@@ -60,6 +65,19 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
   if fault == "step.before@13":  # step 7 ran before, and again
     assert 7 in before
     assert re.search("preference resumes at step [46]", again.stderr)
+
+
+def test_a_run_ends_with_its_report(unbroken):
+  folder, _ = unbroken
+  text = (folder / "run/report.html").read_text()
+  words = re.sub(r"\s+", " ", re.sub(r"<script.*?</script>|<[^>]*>", " ", text,
+                                     flags=re.DOTALL))
+  for shown in ("preference finished", "evaluate finished", "1 × cpu",
+                "Models beside each other", "duplicate prompts", "launches: 1"):
+    assert shown in words, shown
+  assert run_cases.summary(folder / "run")["audit/train/rows"] == 30
+  [launch] = (folder / "run/launches.jsonl").read_text().splitlines()
+  assert json.loads(launch)["command"][0] == "train"
 
 
 def test_a_finished_run_does_nothing_again(unbroken):

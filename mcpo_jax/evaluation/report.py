@@ -442,19 +442,22 @@ def _evaluation_panels(
   """Score against KL, and of the aligned models accuracy by rank and
   calibration, in the form of `_charts`."""
 
+  def aligned(evaluation):
+    models = evaluation["models"]
+    return (models[-1]["preferences"] if models else None) or {}
+
   def frontier(evaluation):
     return [(_interval(one["kl"])[0], *_interval(one["score"]))
             for one in evaluation["frontier"]]
 
   def by_rank(evaluation):
-    found = evaluation["models"][-1]["preferences"] or {"by_rank": []}
-    return [(rank, *_interval(one["accuracy"]))
-            for rank, one in enumerate(found["by_rank"], 1)]
+    return [(rank, *_interval(one["accuracy"])) for rank, one in enumerate(
+        aligned(evaluation).get("by_rank", []), 1)]
 
   def calibration(evaluation):
-    found = evaluation["models"][-1]["preferences"]
-    return [(one["confidence"], one["accuracy"], None, None) for one in (
-        found["calibration"]["bins"] if found else [])]
+    found = aligned(evaluation).get("calibration", {"bins": []})
+    return [(one["confidence"], one["accuracy"], None, None)
+            for one in found["bins"]]
 
   for points_of, name, across, unit in (
       (frontier, "score against KL", "KL to the reference, nats per sample",
@@ -558,7 +561,7 @@ def _models(runs: Sequence[Run]) -> list[dict[str, Any]]:
         "rows": [row | {"cells": [row["cells"][j] for j in kept]}
                  for row in rows],
         "baselines": {run.evaluation["baseline"] for run in runs
-                      if run.evaluation}})
+                      if run.evaluation.get("models")}})
   return [table for table in out if table["rows"]]
 
 
