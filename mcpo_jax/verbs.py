@@ -18,7 +18,7 @@ from mcpo_jax.stages import preference as preference_stage
 from mcpo_jax.stages import reward_model as reward_model_stage
 from mcpo_jax.stages import serve as serve_stage
 from mcpo_jax.stages import sft as sft_stage
-from mcpo_jax.training import architecture, metrics, setup
+from mcpo_jax.training import architecture, launches, metrics, setup
 
 
 def train(
@@ -40,11 +40,12 @@ def train(
             "evaluate": evaluate_stage.run_evaluate,
             "export": export_stage.run_export}
   summary = {}
-  for name in config["stages"]:
-    logging.info("stage %s", name)
-    summary |= stages[name](run, writer)
-    hosts.wait_for_first(name)
-    write_summary(workdir, summary)
+  with launches.errors_told(workdir):
+    for name in config["stages"]:
+      logging.info("stage %s", name)
+      summary |= stages[name](run, writer)
+      hosts.wait_for_first(name)
+      write_summary(workdir, summary)
   if "evaluate" in config["stages"]:
     write_report(run)
   return summary

@@ -11,6 +11,7 @@ import pytest
 
 from mcpo_jax import errors, main, settings
 from mcpo_jax.evaluation import report, tables
+from mcpo_jax.training import launches
 
 CANARY = "</script><b id=canary>'\"&amp;</b><!--<script>\u2028\ud800 é"
 SEEN = CANARY.replace("\ud800", "?")  # half a pair is no character
@@ -323,6 +324,18 @@ def test_pauses_between_launches_are_no_time_of_the_run(tmp_path):
   assert cost["device_hours"] == f"{seconds / 3600:.3g}"
   # Of TPU v7 a chip is two devices.
   assert cost["cost"] == f"{seconds / 2 / 3600 * 90:.4g}"
+
+
+def test_how_a_launch_ended_is_told(tmp_path):
+  folder = write_run(tmp_path / "run")
+  with pytest.raises(errors.NonFiniteError), launches.errors_told(folder):
+    raise errors.NonFiniteError("train.non_finite", "stopped", where="step 5")
+  wanted = "error[train.non_finite]: stopped (step 5)"
+  assert f"the last launch ended so: {wanted}" in write(folder).text
+  with open(folder / "launches.jsonl", "a") as file:
+    file.write('{"time": 2000}\n')  # it went on
+  text = write(folder).text
+  assert "ended so" not in text and wanted in text
 
 
 def test_a_long_run_is_a_small_page(tmp_path):

@@ -123,6 +123,8 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
   again = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags)
   assert again.returncode == 3
   assert "error[data.changed_since_checkpoint]" in again.stderr
+  assert "error[data.changed_since_checkpoint]" in (
+      tmp_path / "run/launches.jsonl").read_text()
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(unbroken, tmp_path):

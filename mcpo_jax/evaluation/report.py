@@ -179,8 +179,14 @@ def _read_run(folder: pathlib.Path, name: str, num_runs: int) -> Run:
       str(law).strip("/"): rows for law, rows in _read_json(
           folder / "evaluate/samples.json", notes).items()
       if isinstance(rows, list)}
-  launches = [row for row in _read_lines(folder / "launches.jsonl", notes)
-              if _is_number(row.get("time"))]
+  launches = []
+  for row in _read_lines(folder / "launches.jsonl", notes):
+    if "error" in row and launches:
+      launches[-1]["error"] = str(row["error"])
+    elif _is_number(row.get("time")):
+      launches.append(row)
+  if launches and "error" in launches[-1]:
+    notes.append(f"the last launch ended so: {launches[-1]['error']}")
   try:
     evaluation = tables.read(folder / "evaluate") or {}
   except errors.CheckpointError as e:
@@ -757,6 +763,7 @@ def _launch(one: dict[str, Any]) -> dict[str, str]:
   kind, versions = _devices(one), one.get("versions")
   return {
       "started": _date(one["time"]),
+      "error": one.get("error", ""),
       "devices": f"{kind['count']} × {kind['kind']}",
       "processes": str(one.get("processes", "–")),
       "host": f"{one.get('system', '–')}, {one.get('cores', '–')} cores",

@@ -1,9 +1,14 @@
-"""What ran a workdir: a line of launches.jsonl per start of a process group.
+"""What ran a workdir, in its launches.jsonl: a line per start
 
   {"time": Unix seconds, "command": words, "versions": {name: text}, "commit",
    "devices": {"kind", "platform", "count"}, "processes", "cores", "system"}
+
+and after it, where the stages of training ended by an error,
+
+  {"time", "error": as it is told}
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,11 +17,12 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 
-from mcpo_jax import hosts, settings
+from mcpo_jax import errors, hosts, settings
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
              "transformers", "tokenizers", "numpy")
@@ -24,9 +30,26 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
 
 def record(workdir: pathlib.Path) -> None:
   """Adds this launch to the workdir's launches.jsonl."""
+  _add(workdir, describe())
+
+
+@contextlib.contextmanager
+def errors_told(workdir: pathlib.Path) -> Iterator[None]:
+  """Goes round the stages; an error is noted, and goes on its way."""
+  try:
+    yield
+  except Exception as e:
+    with contextlib.suppress(OSError):  # the disk may be what failed
+      _add(workdir, {"time": time.time(), "error": settings.redact(
+          str(e) if isinstance(e, errors.McpoError)
+          else f"{type(e).__name__}: {e}")})
+    raise
+
+
+def _add(workdir: pathlib.Path, line: dict[str, Any]) -> None:
   if hosts.is_first():
     with open(workdir / "launches.jsonl", "a", encoding="utf-8") as file:
-      file.write(json.dumps(describe()) + "\n")
+      file.write(json.dumps(line) + "\n")
 
 
 def describe() -> dict[str, Any]:
