@@ -103,12 +103,15 @@ def loss(name: str, **options: Any) -> Callable[..., Any]:
   Raises:
     ConfigError: config.range, config.unused.
   """
-  known = objective_names.find_objective(name).settings
+  entry = objective_names.find_objective(name)
+  known = entry.settings
   for key in options.keys() - known:
     raise errors.ConfigError(
         "config.unused", f"{name} does not take it", where=key,
         want=", ".join(known), hint=errors.nearest(key, known))
-  return objective_names.bind(name, options)
+  return objective_names.bind(
+      name, options, include_preferred=entry.include_preferred,
+      corrected=False)
 
 
 class Run:

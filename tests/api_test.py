@@ -146,6 +146,14 @@ def test_a_loss_refuses_a_setting_that_it_does_not_take():
   assert "label_smoothing" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["cd", "rnce", "simpo", "kto"])
+def test_a_loss_needs_nothing_but_its_name(name):
+  sets = mcpo_jax.make_sets(
+      [[1.0, 0.5]] * 3, anchors={"ref": [[-2.0, -2.0]] * 3})
+  features = Features(np.array([[-1.0, -3.0]] * 3))
+  assert mcpo_jax.loss(name)(features, sets, ())[0].shape == (3,)
+
+
 def test_made_up_sets_have_the_roles_of_records():
   nan = float("nan")
   sets = mcpo_jax.make_sets(

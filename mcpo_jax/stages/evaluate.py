@@ -115,10 +115,11 @@ def held_out(run: setup.Run, models: list[Contender]) -> dict[str, Any]:
 
 
 def settings_of(run: setup.Run) -> dict[str, Any]:
-  """What decides about an evaluation beside the run itself: the config, and
-  the files of models of other places."""
+  """What decides about an evaluation beside the run itself: the config, own
+  rewards' code, and the files of models of other places."""
   options = run.config["evaluation"]
   own = {key: options[key] for key in ("baseline", "reward")}
+  own["own_rewards"] = sampling.own_rewards(run.config)
   own["models"] = {entry: _looks(entry.partition("=")[2] or entry)
                    for entry in options["models"]}
   return hosts.from_first("the models", lambda: own)

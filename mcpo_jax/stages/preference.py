@@ -5,14 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import (
-  commit,
-  hosts,
-  objective_names,
-  settings,
-  types,
-  user_code,
-)
+from mcpo_jax import commit, hosts, objective_names, types, user_code
 from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf, lora, peft
@@ -138,10 +131,8 @@ def own_code(
   strategy = stage.kernel["strategy"]
   if ":" in strategy:
     hashes[strategy] = user_code.check_kernel(strategy).sha256
-  if config["online"]["enabled"] and config["reward"]["name"]:
-    for name, _ in settings.parse_rewards(config["reward"]["name"]):
-      if ":" in name:
-        hashes[name] = user_code.source_hash(name)
+  if config["online"]["enabled"]:
+    hashes |= sampling.own_rewards(config)
   return hashes
 
 

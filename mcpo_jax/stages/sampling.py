@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import errors, settings
+from mcpo_jax import errors, settings, user_code
 from mcpo_jax.data import files
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
@@ -63,6 +63,13 @@ def check_reward(config: dict[str, Any]) -> None:
       raise errors.ConfigError(
           "reward.path", "no such folder", where="reward.path",
           got=options["path"])
+
+
+def own_rewards(config: dict[str, Any]) -> dict[str, str | None]:
+  """Name -> SHA-256 of the file, of rewards of the user's own."""
+  members = settings.parse_rewards(config["reward"]["name"] or "length")
+  return {name: user_code.source_hash(name)
+          for name, _ in members if ":" in name}
 
 
 def prompt_set(data: store_lib.Store, rows: np.ndarray) -> samples.PromptSet:
