@@ -558,6 +558,19 @@ def get_config() -> ml_collections.ConfigDict:
   checkpoint.keep_best = False
   # A save that takes longer ends the run: the storage hangs.
   checkpoint.timeout_seconds = 1800.0
+  # Told to stop, a run has so long to save before it is ended.
+  checkpoint.grace_seconds = 25.0
+
+  # --- Watchdog: what takes longer ends the run, which says where it stands ---
+  # None: nothing does.
+  watchdog = config.watchdog = ml_collections.ConfigDict()
+  # Of the first update, which compiles the programs.
+  watchdog.compile_seconds = 7200.0
+  # Of every other update.
+  watchdog.step_seconds = 1800.0
+  # Of a round of candidates, an evaluation, a part of the reference log-probs,
+  # and of what the others wait for the first process to do.
+  watchdog.work_seconds = 21600.0
 
   # --- Export -----------------------------------------------------------------
   export = config.export = ml_collections.ConfigDict()

@@ -235,6 +235,9 @@ KEYS: dict[str, Setting] = {
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,
     "checkpoint.timeout_seconds": _POSITIVE,
+    "checkpoint.grace_seconds": _POSITIVE,
+    **{f"watchdog.{kind}_seconds": or_none(_POSITIVE)
+       for kind in ("compile", "step", "work")},
     "export.dtype": or_none(_DTYPE),
     "log.every_steps": _COUNT,
     "log.candidates_every_steps": _COUNT,

@@ -14,8 +14,10 @@ Without MCPO_COORDINATOR a process is alone, and nothing here costs anything.
 """
 
 import contextlib
+import faulthandler
 import itertools
 import json
+import math
 import os
 import sys
 import threading
@@ -30,8 +32,9 @@ from mcpo_jax import errors
 JOIN_SECONDS = 300  # until all processes have come
 # Without a sign of life a process is lost; then all others end.
 HEARTBEAT_SECONDS = 30
-# The first process may tokenise for hours while the others wait.
-PATIENCE_SECONDS = 6 * 3600
+# The first process may tokenise for hours while the others wait; the config's
+# watchdog.work_seconds takes its place.
+PATIENCE_SECONDS = 6 * 3600.0
 _LOOK_SECONDS = 60  # after which a process that waits says so
 _LEAVE_SECONDS = 5  # for all to hear of an error
 
@@ -51,6 +54,7 @@ _place = Place()
 _listeners: dict[str, threading.Thread] = {}  # word -> who waits for it
 _alone = False  # whether the others wait for what this process does now
 _turns = itertools.count()
+_patience = PATIENCE_SECONDS
 
 
 def count() -> int:
@@ -71,6 +75,12 @@ def is_first() -> bool:
 def expected() -> bool:
   """Whether the environment says that there are several processes."""
   return bool(os.environ.get("MCPO_COORDINATOR"))
+
+
+def allow(seconds: float | None) -> None:
+  """How long the others wait for the first one; None: as long as it takes."""
+  global _patience
+  _patience = math.inf if seconds is None else seconds
 
 
 def join() -> None:
@@ -214,11 +224,12 @@ def meet(what: str) -> None:
   """Returns when all processes have come here."""
   if count() > 1:
     _place.client.wait_at_barrier(
-        f"mcpo_jax/{next(_turns)}/{what}", 1000 * PATIENCE_SECONDS)
+        f"mcpo_jax/{next(_turns)}/{what}",
+        int(1000 * min(_patience, 365 * 24 * 3600)))
 
 
 def _await(key: str, what: str) -> str:
-  deadline = time.monotonic() + PATIENCE_SECONDS
+  deadline = time.monotonic() + _patience
   while True:
     try:
       return _place.client.blocking_key_value_get(key, 1000 * _LOOK_SECONDS)
@@ -229,7 +240,7 @@ def _await(key: str, what: str) -> str:
       raise errors.ResourceError(
           "hosts.timeout", "the first process does not come",
           where=f"process {_place.index}", got=what,
-          want=f"within {PATIENCE_SECONDS} s")
+          want=f"within {_patience:g} s")
     logging.warning("process %d waits for the first one: %s", _place.index,
                     what)
 
@@ -299,23 +310,28 @@ def leave() -> None:
 def fail(text: str, code: int) -> NoReturn:
   """Ends this process, and with it all others, which say `text`."""
   if count() > 1:
-    say(_ERROR, [index(), text, code])
+    say(_ERROR, [index(), text, code, False])
     _leave(code)
   sys.exit(code)
 
 
-def abort(text: str, code: int) -> NoReturn:
-  """As `fail`, at once and from any thread; says `text` here too."""
+def abort(text: str, code: int, *, stacks: bool = False) -> NoReturn:
+  """As `fail`, at once and from any thread; says `text` here too, and with
+  `stacks` where each thread of each process stands."""
   print(text, file=sys.stderr)
-  say(_ERROR, [index(), text, code])
+  if stacks:
+    faulthandler.dump_traceback()
+  say(_ERROR, [index(), text, code, stacks])
   _leave(code)
 
 
-def _on_error(told: tuple[int, str, int]) -> None:
+def _on_error(told: tuple[int, str, int, bool]) -> None:
   """In a thread: another process has failed."""
-  other, text, code = told
+  other, text, code, stacks = told
   if other != index():
     print(f"process {other}: {text}", file=sys.stderr)
+    if stacks:
+      faulthandler.dump_traceback()
     _leave(code)
 
 

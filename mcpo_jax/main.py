@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from absl import logging
 
-from mcpo_jax import config_file, errors, hosts, preempt, settings
+from mcpo_jax import config_file, errors, hosts, preempt, settings, watch
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -193,6 +193,11 @@ def run(argv: list[str]) -> None:
     _plan(config, command.flags)
     return
   check_same_config(config)
+  if command.verb in SHARED_VERBS:
+    preempt.allow(config["checkpoint"]["grace_seconds"])
+    hosts.allow(config["watchdog"]["work_seconds"])
+    watch.start(config["watchdog"] | {  # the last save and the next
+        "save_seconds": 2 * config["checkpoint"]["timeout_seconds"]})
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",
                              where="data.path", hint="--config.data.path=FILE")

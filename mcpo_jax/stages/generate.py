@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from mcpo_jax import commit, errors, faults, hosts
+from mcpo_jax import commit, errors, faults, hosts, watch
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.evaluation import samples, statistics
 from mcpo_jax.models import hf
@@ -105,7 +105,8 @@ def run_generate(run: setup.Run) -> dict[str, Any]:
     bar.update(sum(len(shards[n]) for n in shards if n not in missing))
     for number in missing:
       prompts = sampling.prompt_set(data, shards[number])
-      draws = draw(run.config, service, reward, prompts, weights.step)
+      with watch.phase("work", f"generate: shard {number}"):
+        draws = draw(run.config, service, reward, prompts, weights.step)
       lines = [
           json.dumps(record(data, int(row), i, draws, weights, sha),
                      ensure_ascii=False)

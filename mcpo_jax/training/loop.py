@@ -23,6 +23,7 @@ from mcpo_jax import (
     preempt,
     registry,
     types,
+    watch,
 )
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import estimator, launches, performance, update
@@ -174,7 +175,8 @@ def train(
       # Also commits a save that was under way at an error, unless others, who
       # may not come to that, would have to take part.
       if hosts.count() == 1 or sys.exc_info()[0] in (None, errors.Preempted):
-        keeper.close()
+        with watch.phase("save", f"{stage.name}: the last save"):
+          keeper.close()
       if rounds is not None:
         rounds.close()
 
@@ -187,7 +189,8 @@ def _train(
   # --- Restore ---------------------------------------------------------------
   code = [mcpo_jax.__version__, launches.commit_of_code()]
   keeper.check_room(functions.state_shapes, best=when.keep_best)
-  restored = keeper.restore_latest(functions.state_shapes)
+  with watch.phase("work", f"{stage.name}: the newest checkpoint"):
+    restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
   step, evaluated = 0, evaluate is None
   if restored is None:
@@ -205,14 +208,17 @@ def _train(
 
   def save() -> None:
     if rounds is not None:
-      rounds.settle()
-    keeper.save(step, state, meta | {
-        "best": best, "evaluated": evaluated, "code": code,
-        "cursor": {"step": step, "examples": step * stage.batch_size}})
+      with watch.phase("work", f"{stage.name}: rounds under way"):
+        rounds.settle()
+    with watch.phase("save", f"{stage.name}: the checkpoint of step {step}"):
+      keeper.save(step, state, meta | {
+          "best": best, "evaluated": evaluated, "code": code,
+          "cursor": {"step": step, "examples": step * stage.batch_size}})
 
   def judge() -> dict[str, Any]:
     """The best after an evaluation of now."""
-    values = evaluate(functions, state)
+    with watch.phase("work", f"{stage.name}: the evaluation at step {step}"):
+      values = evaluate(functions, state)
     writer.write(stage.name, step, values)
     if step == 0:
       return best
@@ -230,10 +236,12 @@ def _train(
       best, evaluated = judge(), True
     meter.restart()
     stop = step >= stage.num_steps or _patience_over(best, when)
+    first = True  # compiles
     while not stop:
       preempt.check()
       if rounds is not None:
-        state, values = rounds.advance(step, state)
+        with watch.phase("work", f"{stage.name}: a round at step {step}"):
+          state, values = rounds.advance(step, state)
         if values:
           writer.write(stage.name, step + 1, values)
       faults.point("data.next")
@@ -245,11 +253,14 @@ def _train(
       if when.estimate_every and step % when.estimate_every == 0:
         writer.write(stage.name, step, estimator.compare_gradients(
             stage, model, functions, state, batch, reference))
-      with meter.step(step):
+      with meter.step(step), watch.phase(
+          "compile" if first else "step", f"{stage.name}: update {step + 1}"):
         state, metrics = update.run_step(
             stage, model, functions, state, batch, reference)
         metrics = jax.device_get(metrics)
-      keeper.poll()
+      first = False
+      with watch.phase("save", f"{stage.name}: the save under way"):
+        keeper.poll()
       check_finite(metrics, batch, step)
       if step == 0 and expect_start:
         check_softmax_start(

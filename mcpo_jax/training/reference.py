@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, faults, hosts, types
+from mcpo_jax import commit, errors, faults, hosts, types, watch
 from mcpo_jax.training import batch as batch_lib
 
 ROWS_PER_SHARD = 256
@@ -123,8 +123,9 @@ class ReferenceCache:
     """Scores and commits the missing shards, one after the other."""
     for first in progress(self.missing):
       rows = range(first, min(first + ROWS_PER_SHARD, self._num_rows))
-      tokens, sums, starts = score_sets(
-          [candidate_set(i) for i in rows], token_logps, pack)
+      with watch.phase("work", f"reference log-probs of {rows}"):
+        tokens, sums, starts = score_sets(
+            [candidate_set(i) for i in rows], token_logps, pack)
       if not np.isfinite(sums).all():
         raise errors.NonFiniteError(
             "model.non_finite", "the reference gave a log-prob that is not "

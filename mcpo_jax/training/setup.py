@@ -25,6 +25,7 @@ from mcpo_jax import (
     registry,
     settings,
     sharding,
+    watch,
 )
 from mcpo_jax.data import batches, files, records
 from mcpo_jax.data import store as store_lib
@@ -36,9 +37,9 @@ from mcpo_jax.training import stage as stage_lib
 # What may differ between two launches into the same workdir.
 _FREE = re.compile(
     r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|serve\..*|"
-    r"benchmark\..*|evaluation\.(models|baseline|reward)|"
-    r"generation\.(url|spool|token_path)|"
-    r"checkpoint\.(every_steps|keep|timeout_seconds))$")
+    r"benchmark\..*|evaluation\.(models|baseline|reward)|mesh\..*|"
+    r"generation\.(url|spool|token_path)|watchdog\..*|"
+    r"checkpoint\.(every_steps|keep|timeout_seconds|grace_seconds))$")
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
@@ -364,7 +365,8 @@ def open_store(
   `prompts_only` a row may be a prompt and nothing else.
   """
   data = run.config["data"]
-  with hosts.first_goes_ahead(f"the data of {name}"):
+  with watch.phase("work", f"the data of {name}"), hosts.first_goes_ahead(
+      f"the data of {name}"):
     return store_lib.build_store(
         sources_of(run.config, path, format), run.tokenizer,
         max_prompt_length=data["max_prompt_length"],

@@ -1,0 +1,73 @@
+"""Ends a run that hangs, and says in which phase and where each thread stands.
+
+A phase may take as long as its kind is allowed; what is in no phase may take as
+long as the kind "work". A thread looks. It also ends the other processes, which
+say where they stand: the one that waits is seldom the one that hangs.
+"""
+
+import contextlib
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from mcpo_jax import errors, hosts
+
+
+class Phase(NamedTuple):
+  """What a thread is doing."""
+
+  kind: str
+  what: str
+  since: float
+
+
+_limits: dict[str, float | None] = {}  # kind -> seconds; None: any number
+_open: dict[int, Phase] = {}
+_numbers = itertools.count()
+_moved = 0.0  # when a phase last began or ended
+
+
+def start(limits: dict[str, float | None]) -> None:
+  """Begins to watch; `limits` are the config's group watchdog, and
+  "save_seconds"."""
+  global _moved
+  begun, _moved = bool(_limits), time.monotonic()
+  _limits.update(
+      {key.removesuffix("_seconds"): x for key, x in limits.items()})
+  if not begun:
+    threading.Thread(target=_watch, daemon=True).start()
+
+
+@contextlib.contextmanager
+def phase(kind: str, what: str) -> Iterator[None]:
+  """Goes round what may take so long: "compile", "step", "save" or "work"."""
+  global _moved
+  number = next(_numbers)
+  _moved = now = time.monotonic()
+  _open[number] = Phase(kind, what, now)
+  try:
+    yield
+  finally:
+    del _open[number]
+    _moved = time.monotonic()
+
+
+def _watch() -> None:
+  while True:
+    now = time.monotonic()
+    phases = list(_open.values()) or [
+        Phase("work", "what is in no phase", _moved)]
+    for one in phases:
+      limit = _limits[one.kind]
+      if limit is not None and now - one.since > limit:
+        hosts.abort(str(errors.ResourceError(
+            "run.hangs", f"process {hosts.index()} hangs", where=one.what,
+            got=f"{now - one.since:.0f} s", want=f"at most {limit:g} s",
+            hint="below is where each thread stands; if all is well raise " + (
+                "checkpoint.timeout_seconds" if one.kind == "save" else
+                f"watchdog.{one.kind}_seconds"))),
+            errors.ResourceError.exit_code, stacks=True)
+    shortest = min((x for x in _limits.values() if x), default=60.0)
+    time.sleep(min(1.0, shortest / 10))
