@@ -38,6 +38,9 @@ def _optimizer() -> ml_collections.ConfigDict:
   # for the update alone, so it pays where activations need more room than it.
   # Needs devices that reach that memory.
   optimizer.offload = False
+  # Updates in a row that may be left out because loss or gradient is not
+  # finite; one more ends the run. Their batches stand in non_finite.jsonl.
+  optimizer.max_skipped = 0
   return optimizer
 
 

@@ -44,6 +44,7 @@ _OPTIMIZER = {
     "max_grad_norm": _POSITIVE,
     "moment_dtype": _DTYPE,
     "offload": _FLAG,
+    "max_skipped": Setting(low=0),
 }
 
 # Kernel keys that only some strategies read: default and range, readers.

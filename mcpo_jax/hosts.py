@@ -97,6 +97,8 @@ def join() -> None:
   import jax
   from jax._src import distributed  # its client has no public name
 
+  # It would take SIGTERM from `preempt`, and tell nobody but orbax.
+  jax.config.update("jax_enable_preemption_service", False)
   try:
     jax.distributed.initialize(
         **options, initialization_timeout=JOIN_SECONDS,

@@ -1,9 +1,13 @@
 """One run in several processes: the real command line, against one process."""
 
 import json
+import os
 import pathlib
+import re
+import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,7 +18,7 @@ import safetensors.numpy
 from mcpo_jax import errors, main
 
 FLAGS = [
-    "--config.sft.num_steps=3", "--config.num_steps=4",
+    "--config.sft.num_steps=12", "--config.num_steps=3",
     "--config.data.num_streams=4", "--config.checkpoint.every_steps=1",
     "--config.generation.num_samples=2", "--config.evaluation.num_prompts=4",
     "--config.reward.name=length",
@@ -54,32 +58,43 @@ def said(workdir, index, kind="err"):
   return pathlib.Path(f"{workdir}.{index}.{kind}").read_text()
 
 
-def finish(workdir, started):
-  """Waits for all; each must have gone well."""
+def finish(workdir, started, want=0):
+  """Waits for all; each must end with this code. The seconds between the first
+  end and the last."""
+  running, first = dict(enumerate(started)), None
+  deadline = time.monotonic() + 900
+  while running:
+    assert time.monotonic() < deadline
+    for i, process in list(running.items()):
+      if process.poll() is not None:
+        del running[i]
+        first = first or time.monotonic()
+    time.sleep(0.05)
+  lived = time.monotonic() - first
   for i, process in enumerate(started):
-    assert process.wait(timeout=1800) == 0, said(workdir, i)[-3000:]
+    assert process.returncode == want, said(workdir, i)[-3000:]
+  return lived
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-  """One run in 1 process, the same in 2 of 2 devices, and in 4 of which the
-  last is killed; then goes on in 1. With the seconds that the others lived
-  on, and their exit codes."""
+  """One run in 1 process; and another whose last of 4 processes is told to
+  stop in sft, which goes on in 1 that is told in the preference stage, and
+  then in 2 of 2 devices each."""
   folder = tmp_path_factory.mktemp("hosts")
   flags = run_cases.write_data(folder / "data") + FLAGS
   one = start(folder / "one", flags, processes=1, devices=1)
-  four = start(folder / "four", flags, processes=4, devices=1,
-               fault="step.after@6")
-  two = start(folder / "two", [*flags, "--config.mesh.fsdp=2"], processes=2,
-              devices=2)
-  four[3].wait(timeout=1800)
-  began = time.monotonic()
-  codes = [process.wait(timeout=100) for process in four]
-  lived = time.monotonic() - began
-  again = start(folder / "four", flags, processes=1, devices=1)
-  for name, started in (("one", one), ("two", two), ("four", again)):
-    finish(folder / name, started)
-  return folder, codes, lived
+  many, said_by = folder / "many", []
+  four = start(many, flags, processes=4, devices=1, fault="step.after@2:term")
+  finish(folder / "one", one)
+  finish(many, four, want=75)
+  said_by.append([said(many, i) for i in range(4)])
+  alone = start(many, flags, processes=1, devices=1, fault="step.after@2:term")
+  finish(many, alone, want=75)
+  said_by.append([said(many, 0)])
+  finish(many, start(many, [*flags, "--config.mesh.fsdp=2"], processes=2,
+                     devices=2))
+  return folder, said_by
 
 
 def losses(workdir):
@@ -95,41 +110,91 @@ def draws(workdir):
           json.loads, lines)]
 
 
-@pytest.mark.parametrize("name", ["two", "four"])
-def test_processes_train_as_one_does(runs, name):
-  folder, _, _ = runs
-  want, got = losses(folder / "one"), losses(folder / name)
-  assert len(want) == 3 + 4 and got.keys() == want.keys()
+def test_processes_train_as_one_does_however_many_go_on(runs):
+  folder, _ = runs
+  want, got = losses(folder / "one"), losses(folder / "many")
+  assert len(want) == 12 + 3 and got.keys() == want.keys()
   for key, value in want.items():
     assert abs(got[key] - value) < 1e-5, key
-  assert draws(folder / name) == draws(folder / "one")
-  one, other = (run_cases.summary(folder / x) for x in ("one", name))
+  assert draws(folder / "many") == draws(folder / "one")
+  one, other = (run_cases.summary(folder / x) for x in ("one", "many"))
   assert other.keys() == one.keys()
   for key in ("eval/loss", "score/sft", "score/aligned"):
     assert abs(other[key] - one[key]) < 1e-5, key
   weights = [safetensors.numpy.load_file(
-      folder / x / "export/model.safetensors") for x in ("one", name)]
+      folder / x / "export/model.safetensors") for x in ("one", "many")]
   for key, value in weights[0].items():
     np.testing.assert_allclose(weights[1][key], value, rtol=0, atol=2e-4)
 
 
 def test_the_first_process_alone_speaks_and_writes(runs):
-  folder, _, _ = runs
-  assert '"score/aligned"' in said(folder / "two", 0, "out")
-  assert "score" not in said(folder / "two", 1, "out")  # but gloo speaks
-  assert "sft 1/3" not in said(folder / "two", 1)
-  assert "4 cpu device(s) of 2 process(es)" in said(folder / "two", 0)
+  folder, _ = runs
+  assert '"score/aligned"' in said(folder / "many", 0, "out")
+  assert "score" not in said(folder / "many", 1, "out")  # but gloo speaks
+  assert "preference 3/3" not in said(folder / "many", 1)
+  assert "4 cpu device(s) of 2 process(es)" in said(folder / "many", 0)
 
 
-def test_when_one_is_killed_the_others_end_soon(runs):
-  _, codes, lived = runs
-  assert codes[3] == -9 and all(codes)
-  assert lived < 60
+def test_when_one_is_told_to_stop_all_save_the_same_step(runs):
+  _, (four, (alone,)) = runs
+  (step,) = {re.search(r"told to stop by SIGTERM, sft is saved at step (\d+)",
+                       text)[1] for text in four}
+  assert f"sft resumes at step {step}" in alone
+  assert "preference is saved at step 2" in alone
 
 
-def test_the_rest_is_trained_by_one_process(runs):
-  folder, _, _ = runs
-  assert "preference resumes at step" in said(folder / "four", 0)
+# The second process hangs in its first life.
+LIVES = """
+if [ "$MCPO_PROCESS_ID" = 1 ] && [ ! -e "$0" ]; then
+  touch "$0"
+  export MCPO_FAULT=step.after@7:sleep=600
+fi
+exec "$@"
+"""
+
+
+def test_a_run_whose_hosts_hang_and_die_begins_again_and_ends_the_same(
+    runs, tmp_path):
+  folder, _ = runs
+  flags = [*run_cases.write_data(folder / "data"), *FLAGS,
+           "--config.stages=sft", "--config.watchdog.step_seconds=8"]
+  run = subprocess.Popen(
+      [sys.executable, "-c", "from mcpo_jax import supervise\n"
+       "supervise.PAUSES = 0.1, 0.1\nsupervise.main()", "--processes=2", "--",
+       "bash", "-c", LIVES, str(tmp_path / "hung"),
+       *run_cases.command("train", tmp_path / "run", *flags)],
+      env=run_cases.environment(tmp_path / "cache"), cwd=run_cases.ROOT,
+      stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  seen = {"hangs": [], "begins again": [], "sft 11/12": []}
+  text = ""
+  for line in run.stderr:
+    text += line
+    for what, times in seen.items():
+      if what in line:
+        times.append(time.monotonic())
+    if "sft 11/12" in line and len(seen["sft 11/12"]) == 1:
+      (second,) = [pid for pid in children_of(run.pid) if place_of(pid) == 1]
+      os.kill(second, signal.SIGKILL)
+  assert run.wait(timeout=60) == 0, text[-3000:]
+  assert "sft: update 8" in text  # where the first one waited,
+  assert "faults.py" in text  # and where the second one stood
+  assert "ended with 6 at sft 7" in text
+  hung, killed = seen["begins again"]
+  assert hung - seen["hangs"][0] < 30 and killed - seen["sft 11/12"][0] < 60
+  got = losses(tmp_path / "run")
+  assert got == pytest.approx(
+      {k: v for k, v in losses(folder / "one").items() if k in got}, abs=1e-5)
+  assert len(got) == 12
+
+
+def children_of(pid):
+  return map(int, pathlib.Path(
+      f"/proc/{pid}/task/{pid}/children").read_text().split())
+
+
+def place_of(pid):
+  names = pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
+  return int(dict(x.split("=", 1) for x in names if x)["MCPO_PROCESS_ID"])
 
 
 def test_an_error_of_one_ends_all_with_its_message(tmp_path):

@@ -3,6 +3,7 @@
 Read `train` from top to bottom; `update.run_step` is one update.
 """
 
+import json
 import pathlib
 import sys
 from collections.abc import Callable
@@ -54,25 +55,44 @@ class Schedule(NamedTuple):
   save_seconds: float = checkpoints.TIMEOUT_SECONDS  # that a save may take
 
 
-def check_finite(metrics: dict[str, Any], batch: batch_lib.HostBatch,
-                 step: int) -> None:
-  """Stops the run, weights untouched, with the example ids at fault.
+def tell_non_finite(
+    metrics: dict[str, Any], batch: batch_lib.HostBatch, step: int,
+    logps: np.ndarray, path: pathlib.Path,
+) -> errors.NonFiniteError:
+  """Writes the batch of an update that was not made to a file, a line a set:
+  its id, loss, and each candidate's id and log-prob by the weights of now.
 
-  Raises:
-    NonFiniteError: train.non_finite.
+  Args:
+    metrics: of the update.
+    batch: of the update.
+    step: updates before it.
+    logps: [B, K] nats.
+    path: of the file, which is appended to.
+
+  Returns:
+    train.non_finite, with the example ids at fault.
   """
-  if metrics["finite"]:
-    return
-  bad = np.flatnonzero(~np.isfinite(metrics["loss_per_set"]))
+  losses = np.asarray(metrics["loss_per_set"])
+  plain = lambda x: float(x) if np.isfinite(x) else str(float(x))
+  rows = [{
+      "step": step + 1, "prompt_id": one.prompt_id, "loss": plain(losses[b]),
+      "candidate_ids": [int(one.candidate_ids[k]) for k in slots],
+      "logps": [plain(x) for x in logps[b, :len(slots)]]}
+      for b, (one, slots) in enumerate(zip(batch.sets, batch.order))]
+  if hosts.is_first():
+    with open(path, "a") as file:
+      file.writelines(json.dumps(row) + "\n" for row in rows)
+  bad = np.flatnonzero(~np.isfinite(losses[:len(batch.sets)]))
   ids = [batch.sets[b].prompt_id for b in (bad if len(bad) else range(
       len(batch.sets)))]
-  raise errors.NonFiniteError(
+  return errors.NonFiniteError(
       "train.non_finite", "loss or gradient is not finite; the weights are "
       "those before this update", where=f"step {step}, prompt_id "
       + ", ".join(ids[:8]), got=(float(metrics["loss"]),
                                  float(metrics["grads/global_norm"])),
       want="finite loss and gradient norm",
-      hint="lower the learning rate, or look at these examples")
+      hint=f"lower the learning rate, or look at these examples, in {path}; "
+      "optimizer.max_skipped leaves so many such updates in a row out")
 
 
 def check_softmax_start(
@@ -177,6 +197,7 @@ def train(
       if hosts.count() == 1 or sys.exc_info()[0] in (None, errors.Preempted):
         with watch.phase("save", f"{stage.name}: the last save"):
           keeper.close()
+          hosts.meet("the last save")  # who is told of an end ends at once
       if rounds is not None:
         rounds.close()
 
@@ -193,6 +214,7 @@ def _train(
     restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
   step, evaluated = 0, evaluate is None
+  skipped = in_a_row = 0  # updates that were not finite
   if restored is None:
     state = functions.init(start())
     writer.rewind(stage.name, -1)
@@ -200,6 +222,7 @@ def _train(
     state, saved = restored
     step, best = saved["step"], saved["best"]
     evaluated |= saved["evaluated"]
+    skipped, in_a_row = saved["skipped"]
     check_same_run(saved, meta, folder)
     logging.info("%s resumes at step %d", stage.name, step)
     writer.rewind(stage.name, step, evaluated=evaluated)
@@ -212,7 +235,8 @@ def _train(
         rounds.settle()
     with watch.phase("save", f"{stage.name}: the checkpoint of step {step}"):
       keeper.save(step, state, meta | {
-          "best": best, "evaluated": evaluated, "code": code,
+          "best": best, "evaluated": evaluated, "skipped": [skipped, in_a_row],
+          "code": code,
           "cursor": {"step": step, "examples": step * stage.batch_size}})
 
   def judge() -> dict[str, Any]:
@@ -251,7 +275,7 @@ def _train(
         state = update.draw_window(
             stage, model, functions, state, make_batch, reference)
       if when.estimate_every and step % when.estimate_every == 0:
-        writer.write(stage.name, step, estimator.compare_gradients(
+        writer.write(stage.name, step + 1, estimator.compare_gradients(
             stage, model, functions, state, batch, reference))
       with meter.step(step), watch.phase(
           "compile" if first else "step", f"{stage.name}: update {step + 1}"):
@@ -261,8 +285,18 @@ def _train(
       first = False
       with watch.phase("save", f"{stage.name}: the save under way"):
         keeper.poll()
-      check_finite(metrics, batch, step)
-      if step == 0 and expect_start:
+      in_a_row = 0 if metrics["finite"] else in_a_row + 1
+      if in_a_row:
+        error = tell_non_finite(metrics, batch, step, np.asarray(
+            update.score_chunks(
+                model, functions, state.params, batch, model.put_replicated(
+                    batch.meta), model.pack_all(batch)).logps),
+                                folder / "non_finite.jsonl")
+        if in_a_row > stage.optimizer.get("max_skipped", 0):
+          raise error
+        logging.warning("left out: %s", error)
+        skipped += 1
+      if step == 0 and expect_start and not in_a_row:
         check_softmax_start(
             float(metrics["loss"]), stage, batch, model.compute_dtype)
       step += 1
@@ -277,6 +311,8 @@ def _train(
         row = {k: v for k, v in metrics.items() if np.ndim(v) == 0}
         del row["finite"]
         row |= meter.row() | {"epoch": float(batch.meta.visit.max())}
+        if stage.optimizer.get("max_skipped"):
+          row["updates_skipped"] = skipped
         writer.write(stage.name, step, row)
         if bar.disable:
           logging.info("%s %d/%d %s", stage.name, step, stage.num_steps,

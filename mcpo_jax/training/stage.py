@@ -182,6 +182,7 @@ def make_functions(
       learning_rate=options.pop("learning_rate"),
       warmup_ratio=options.pop("warmup_ratio"), num_steps=stage.num_steps)
   offload = options.pop("offload", False)
+  options.pop("max_skipped", None)  # of the loop
   tx = optimizer_lib.make_optimizer(schedule=schedule, **options)
   if any(jnp.finfo(x.dtype).bits < 32
          for x in jax.tree.leaves(model.param_shapes)):

@@ -483,6 +483,7 @@ def make_step_functions(
         memory=memory,
         moving=state.moving)
     new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+    new = new._replace(step=state.step + 1)  # its batch is over
 
     # Statistics of comparisons leave out sets whose chains drew no negative.
     shown = inputs.sets.candidate_mask[:, 0]
