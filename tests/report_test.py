@@ -220,6 +220,7 @@ def test_several_runs_open_with_what_differs(tmp_path):
      "metrics.jsonl ends in half a line, as after a kill"),
     ("metrics.jsonl", '[1]\nnot json\n{"stage": "sft", "step": 1, "loss": 2}\n',
      "metrics.jsonl: lines that are no rows: 2, the first is line 1"),
+    ("metrics.jsonl", '{"stage": "sft", "step": 1, "x": "y"}\n', "no metrics"),
     ("metrics.jsonl", '{"loss": 2}\n', "rows without stage and step: 1"),
     ("metrics.jsonl", "\xff\x00", "there are no metrics yet"),
     ("metrics.jsonl",
@@ -289,6 +290,14 @@ def test_no_run_is_refused_and_the_old_page_stays(tmp_path):
     assert caught.value.slug == "ckpt.none"
     assert caught.value.where == str(other)
   assert out.read_text() == "old" and sorted(folder.rglob("*")) == before
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+  folder = write_run(tmp_path / "run")
+  with pytest.raises(errors.ResourceError) as caught:
+    report.write_report([folder], folder / "config.json/x.html")
+  assert caught.value.slug == "report.path"
+  assert "config.json/x.html" in caught.value.where
 
 
 def test_of_a_long_curve_points_are_means_between_extremes():

@@ -109,6 +109,7 @@ def write_report(
 
   Raises:
     CheckpointError: ckpt.none, a workdir holds no run.
+    ResourceError: report.path.
   """
   runs = [_read_run(folder, name, len(workdirs))
           for folder, name in zip(workdirs, _names(workdirs))]
@@ -120,7 +121,8 @@ def write_report(
   environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}
   page = environment.from_string(_PAGE.read_text("utf-8"))
   text = page.render(
-      title=" · ".join(run.name for run in runs), runs=runs,
+      title=" · ".join(run.name for run in runs) if len(runs) < 5
+      else f"{len(runs)} runs", runs=runs,
       states=[_state(run) for run in runs],
       differences=_differences([run.config for run in runs]),
       charts=charts, models=_models(runs), benchmarks=_benchmarks(runs),
@@ -131,20 +133,25 @@ def write_report(
       launches=[[_launch(one) for one in run.launches[-_LAUNCHES:]]
                 for run in runs],
       figures=figures.name if pictures else None)
-  out.parent.mkdir(parents=True, exist_ok=True)
-  if pictures:
-    commit.write_folder(
-        figures, lambda folder: _draw(runs, folder), {}, replace=True)
-  # Half a surrogate pair, which files of JSON can hold, is no character.
-  commit.write_file(out, text.encode("utf-8", "replace").decode("utf-8"))
+  try:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if pictures:
+      commit.write_folder(
+          figures, lambda folder: _draw(runs, folder), {}, replace=True)
+    # Half a surrogate pair, which files of JSON can hold, is no character.
+    commit.write_file(out, text.encode("utf-8", "replace").decode("utf-8"))
+  except OSError as e:
+    raise errors.ResourceError(
+        "report.path", "the page cannot be written", where=str(out),
+        got=e.strerror, hint="--out=FILE.html") from e
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-  """As much of the end of each path as tells them apart."""
-  parts = [folder.resolve().parts for folder in folders]
-  for length in range(1, max(map(len, parts)) + 1):
-    names = ["/".join(part[-length:]) for part in parts]
-    if len(set(names)) == len(set(parts)):
+  """As many folders of the end of each path as tell them apart."""
+  paths = [folder.resolve().parts for folder in folders]
+  for length in range(1, max(map(len, paths)) + 1):
+    names = [str(pathlib.PurePath(*path[-length:])) for path in paths]
+    if len(set(names)) == len(set(paths)):
       break
   return names
 
@@ -274,7 +281,7 @@ def _read_metrics(
   if foreign:
     notes.append(f"{path.name}: rows without stage and step: {foreign}")
   curves = {stage: {name: _curve(*arrays) for name, arrays in metrics.items()}
-            for stage, metrics in found.items()}
+            for stage, metrics in found.items() if metrics}
   # Before the first update some are not known.
   gaps = {f"{stage} {name}": int(np.isnan(curve.values[curve.steps > 0]).sum())
           for stage, metrics in curves.items()
