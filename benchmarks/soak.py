@@ -8,12 +8,11 @@ batch and of the drawn negatives; all must be those of the unbroken run, and
 so must the metrics and every file of the result.
 
   python benchmarks/soak.py --kills=50 --seed=0 --out=soak.md
-  python benchmarks/soak.py --every=200 --steps=1000   a failure every 200 steps
+  python benchmarks/soak.py --every=200     goodput, a failure every 200 updates
 
 Exits with 1 if a verified step was lost, a hash differs or a point was never
 reached. An attempt is a fork of a process that has imported everything and
-touched no device; `--plain` starts each by the real command line instead, which
-writes no hashes, and tells how long a real restart takes.
+touched no device, so it starts faster than the command line does.
 """
 
 import argparse
@@ -50,6 +49,7 @@ import transformers.models.auto.tokenization_auto  # noqa: E402, F401
 from mcpo_jax import commit, errors, main, verbs  # noqa: E402, F401
 from mcpo_jax.training import update  # noqa: E402
 
+YEAR = 365 * 24 * 3600
 ANYWHERE = 4  # a point of every update is met at the first to fourth time
 
 
@@ -62,8 +62,10 @@ class Phase(NamedTuple):
   devices: int = 1
 
 
-STEPS = {"data.next": ANYWHERE, "step.before": ANYWHERE,
-         "step.drawn": ANYWHERE, "step.accumulate": 4, "step.after": ANYWHERE}
+STEPS = {
+    "data.next": ANYWHERE, "step.before": ANYWHERE, "step.drawn": ANYWHERE,
+    "step.accumulate": ANYWHERE, "step.after": ANYWHERE,
+    "ckpt.begin": 3, "ckpt.shard": 3, "ckpt.manifest": 3, "ckpt.gc": 1}
 OFFLINE = ("--config.data.eval_fraction=0.0",)
 ROUNDS = (
     *OFFLINE, "--config.online.enabled=True",
@@ -75,7 +77,9 @@ PHASES = {
     "offline": Phase(
         "train", ("--config.stages=sft,preference,export",),
         STEPS | {"step.first_chunk": ANYWHERE, "reference.shard": 1,
-                 "export.begin": 1, "export.written": 1}),
+                 "folder.write": 2, "folder.manifest": 2, "folder.rename": 2,
+                 "export.begin": 1, "export.manifest": 1, "export.rename": 1,
+                 "export.written": 1}),
     "chains": Phase(
         "train", (*OFFLINE, "--config.stages=sft,preference",
                   "--config.kernel.init=persistent"), STEPS),
@@ -95,6 +99,9 @@ PHASES = {
         "train", (*ROUNDS, "--config.online.policy_lag=1",
                   "--config.generation.num_devices=1"),
         STEPS | {"online.scored": 2, "online.committed": 2}, devices=2),
+    "long": Phase("train", (
+        *OFFLINE, "--config.stages=preference",
+        "--config.checkpoint.every_steps=5"), {"step.after": 1}),
     "generate": Phase(
         "generate", ("--config.generate.prompts_per_shard=4",
                      "--config.generation.max_new_tokens=9"),
@@ -105,19 +112,20 @@ PHASES = {
 # --- one attempt, in a process of its own -------------------------------------
 
 
-def attempt(argv, environment, log, records) -> None:
-  """The command line, with every update written down in `records`."""
+def attempt(argv, environment, log, records, jumps) -> None:
+  """The command line, with every update written down in `records`; if it
+  `jumps`, the clock goes back by a year after the third."""
   os.environ.update(environment)
   for stream in (1, 2):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   sys.argv = ["mcpo_jax", *argv]
-  watch(records)
+  watch(records, jumps)
   main.main()
 
 
-def watch(path: pathlib.Path) -> None:
+def watch(path: pathlib.Path, jumps: bool) -> None:
   """Has `run_step` append a line of hashes for each update."""
-  run_step, file = update.run_step, open(path, "a")
+  run_step, file, clock = update.run_step, open(path, "a"), time.time
 
   def watched(stage, model, functions, state, batch, reference):
     state, metrics = run_step(stage, model, functions, state, batch, reference)
@@ -131,6 +139,8 @@ def watch(path: pathlib.Path) -> None:
         "negatives": digest([metrics["kernel/selected"],
                              metrics["kernel/selected_mask"]])}) + "\n")
     file.flush()
+    if jumps and int(state.step) == 3:
+      time.time = lambda: clock() - YEAR
     return state, metrics
 
   update.run_step = watched
@@ -177,7 +187,7 @@ class Phases:
     self._data = run_cases.write_data(self.folder / "data")
     self.problems: list[str] = []
     self._lives = 0
-    self._known: dict[tuple[str, int], dict[str, Any]] = {}
+    self.known: dict[tuple[str, int], dict[str, Any]] = {}
     self.updates = 0  # of all attempts
 
   def run_unbroken(self) -> None:
@@ -189,20 +199,28 @@ class Phases:
                     f"--config.model.path={start}"]
     self.seconds = self._whole("unbroken", self.phase.verb, *self.phase.flags)
     for row in self._rows("unbroken", 0):
-      self._known[row["stage"], row["step"]] = row
+      self.known[row["stage"], row["step"]] = row
     self._unbroken = result_of(self.folder / "unbroken" / "run")
 
-  def _whole(self, life: str, verb: str, *flags: str) -> float:
+  def _whole(
+      self, life: str, verb: str, *flags: str, jumps: bool = False) -> float:
     """A run that nothing kills; the seconds it took."""
     began = time.monotonic()
-    process = self._start(life, 0, None, verb, *flags)
+    process = self._start(life, 0, None, verb, *flags, jumps=jumps)
     process.join()
     if process.exitcode:
       raise SystemExit(f"{self.name} does not run by itself:\n"
                        + self._said(life)[-3000:])
     return time.monotonic() - began
 
-  def _start(self, life: str, number: int, kill: Kill | None, *words: str):
+  def jump(self) -> None:
+    """A run whose clock is set back in the middle of each stage."""
+    self._whole("clock", self.phase.verb, *self.phase.flags, jumps=True)
+    self._compare(self._rows("clock", 0), "with a clock that jumps")
+    self._compare_results(result_of(self.folder / "clock" / "run"), "clock")
+
+  def _start(self, life: str, number: int, kill: Kill | None, *words: str,
+             jumps: bool = False):
     folder = self.folder / life
     folder.mkdir(exist_ok=number > 0)
     verb, *flags = words or (self.phase.verb, *self.phase.flags)
@@ -215,7 +233,7 @@ class Phases:
     process = self._context.Process(target=attempt, args=(
         [verb, *run_cases.TINY, *self._data, *flags,
          f"--workdir={folder / 'run'}"], environment,
-        folder / "log", folder / f"{number}.jsonl"))
+        folder / "log", folder / f"{number}.jsonl", jumps))
     process.start()
     return process
 
@@ -267,13 +285,15 @@ class Phases:
       verified = now
       pending = Outcome(self.name, kill.point or "random", None, 0, 0)
     self._compare_results(result_of(workdir), life)
+    self.problems += [f"{self.name}, {life}: {path} is left over"
+                      for path in left_over(self.folder / life)]
     return outcomes, missed
 
   def _compare(self, rows, where: str) -> None:
     """Every hash of every update against those of the unbroken run."""
     self.updates += len(rows)
     for row in rows:
-      known = self._known.get((row["stage"], row["step"]), {})
+      known = self.known.get((row["stage"], row["step"]), {})
       other = [key for key in ("params", "state", "batch", "negatives")
                if known.get(key) != row[key]]
       if other:
@@ -308,6 +328,15 @@ def verified_steps(workdir: pathlib.Path) -> dict[str, int]:
   return newest
 
 
+def left_over(folder: pathlib.Path) -> list[str]:
+  """What killed writers left, and nobody took away."""
+  found = [path for path in folder.rglob("*")
+           if path.suffix == ".tmp" or "-checkpoint-tmp" in path.name
+           or path.parent.name == "checkpoints" and path.name.isdecimal()
+           and not (path / commit.MANIFEST).exists()]
+  return [str(path.relative_to(folder)) for path in found]
+
+
 # Told of one launch, or with times and speeds in it. What a manifest says of
 # other files is seen of these.
 _OWN = (".lock", "launches.jsonl", "report.html", commit.MANIFEST)
@@ -322,7 +351,9 @@ def result_of(workdir: pathlib.Path) -> dict[str, str]:
     name = str(path.relative_to(workdir))
     if not path.is_file() or "checkpoints/" in name or path.name in _OWN:
       continue
-    if name == "metrics.jsonl":
+    if name == "config.json":  # beside the config the run's own name
+      text = json.dumps(json.loads(path.read_text())["config"]).encode()
+    elif name == "metrics.jsonl":
       rows = [{key: value for key, value in json.loads(line).items()
                if not _SPEEDS.fullmatch(key)}
               for line in path.read_text().splitlines()]
@@ -352,6 +383,8 @@ def plan(phase: Phase, kills: int, rng: random.Random) -> list[str | None]:
 def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
   """Lives of one phase until all its kills have happened."""
   phase.run_unbroken()
+  if phase.name == "offline":
+    phase.jump()
   wanted, outcomes = plan(phase.phase, num_kills, rng), []
   for tries in range(10):
     if not wanted:
@@ -397,13 +430,37 @@ def table(phases: list[Phases], outcomes: list[Outcome]) -> str:
   return "\n".join([*lines, *(f"\n- {problem}" for problem in problems)]) + "\n"
 
 
+def goodput(phase: Phases, every: int) -> str:
+  """Five failures, one every so many updates, and a save every fifth."""
+  phase.run_unbroken()
+  outcomes, missed = phase.live([Kill("step.after", every)] * 5)
+  assert not missed, missed
+  useful = len(phase.known)
+  done = phase.updates
+  restart = float(np.median([o.restart_seconds for o in outcomes]))
+  redone = np.mean([o.redone for o in outcomes])
+  share = lambda seconds: every * seconds / (
+      (every + redone) * seconds + restart)
+  return "\n".join([
+      f"A failure every {every} updates, a save every 5: {useful} updates, "
+      f"{done} done, goodput {useful / done:.1%} of the updates. A failure "
+      f"costs {redone:.1f} updates (at most "
+      f"{max(o.redone for o in outcomes)}) and "
+      f"{restart:.1f} s to the first update, so of the time "
+      + ", ".join(f"{share(s):.1%} where an update takes {s} s"
+                  for s in (1, 10)) + ".",
+      *(f"\n- {problem}" for problem in phase.problems)]) + "\n"
+
+
 def parse() -> argparse.Namespace:
   """The command line."""
   parser = argparse.ArgumentParser(
       description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
   parser.add_argument("--kills", type=int, default=50, help="of all phases")
   parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--phases", default=",".join(PHASES))
+  parser.add_argument("--phases", default=",".join(
+      name for name in PHASES if name != "long"))
+  parser.add_argument("--every", type=int, help="updates between failures")
   parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
   parser.add_argument("--folder", help="of the runs, kept")
   parser.add_argument("--out", help="file for the table")
@@ -414,6 +471,13 @@ def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
   """All phases; prints the table. Whether nothing was wrong."""
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["__main__"])
+  if options.every:
+    PHASES["long"] = PHASES["long"]._replace(flags=(
+        *PHASES["long"].flags, f"--config.num_steps={5 * options.every}"))
+    phase = Phases("long", folder, context)
+    text = goodput(phase, options.every)
+    print(text)
+    return not phase.problems
   names = options.phases.split(",")
   phases = [Phases(name, folder, context) for name in names]
   shares = [options.kills // len(names) + (i < options.kills % len(names))

@@ -1,13 +1,21 @@
 """Killed runs: the same line again ends with the weights of an unbroken run."""
 
+import functools
 import json
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import run_cases
+import training_cases as cases
 
+from mcpo_jax import errors, main
 from mcpo_jax.evaluation import report
+from mcpo_jax.training import loop, metrics, setup
+from mcpo_jax.training import stage as stage_lib
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +47,14 @@ def test_the_run_tells_how_fast_it_was(unbroken):
   assert len(traces) == 2
 
 
-# sft has 5 accumulations (one a step), then the preference stage goes on.
-@pytest.mark.parametrize("fault", [
-    "step.after@3",        # in sft, right after the first save began
-    "step.accumulate@9",   # in the preference stage, inside an accumulation
-    "step.before@13",      # between two saves: 4 is committed, 7 are done
-])
-def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
+# Kills at all other points: `soak_test.py`, which forks what it kills. Here is
+# the real command line.
+def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path):
   folder, flags = unbroken
   cache = tmp_path / "cache"  # no finished start may be found there
   killed = run_cases.run(
-      "train", tmp_path / "run", cache, *flags, MCPO_FAULT=fault)
+      "train", tmp_path / "run", cache, *flags,
+      MCPO_FAULT="step.before@13")  # between two saves, 7 updates are done
   assert killed.returncode == -9
   before = rows(tmp_path / "run", "preference")
   report.write_report([tmp_path / "run"], tmp_path / "killed.html",
@@ -62,9 +67,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path, fault):
     whole = rows(folder / "run", stage)
     assert rows(tmp_path / "run", stage) == whole
     assert list(whole) == sorted(whole)
-  if fault == "step.before@13":  # step 7 ran before, and again
-    assert 7 in before
-    assert re.search("preference resumes at step [46]", again.stderr)
+  assert 7 in before  # and again
+  assert re.search("preference resumes at step [46]", again.stderr)
 
 
 def test_a_run_ends_with_its_report(unbroken):
@@ -149,3 +153,63 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(unbroken, tmp_path):
   assert (run_cases.summary(tmp_path / "run")["params/sha256"]
           == run_cases.summary(folder / "run")["params/sha256"])
   shutil.rmtree(tmp_path)
+
+
+def test_a_workdir_goes_on_on_another_mesh_and_with_no_other_setting(
+    tmp_path):
+  def resolve(*flags):
+    return main.read_config(main.parse(run_cases.command(
+        "train", tmp_path, "--config.data.path=x", "--config.sft.data_path=x",
+        *flags)[3:]))
+
+  setup.store_config(resolve(), tmp_path)
+  setup.claim(resolve("--config.mesh.data=2", "--config.mesh.fsdp=4"), tmp_path)
+  with pytest.raises(errors.ConfigError) as e:
+    setup.claim(resolve("--config.seed=1"), tmp_path)
+  assert e.value.slug == "config.other_run"
+
+
+# One device, then 8, then 2 x 4, then one again.
+MESHES = (dict(devices=1), dict(devices=8, fsdp=2), dict(
+    devices=8, fsdp=2, tensor=4), dict(devices=1))
+
+
+def losses_on(meshes, folder, dtype, per_mesh=2):
+  """(loss, drawn slots) of each update: some on each mesh, as a run that was
+  stopped and started elsewhere."""
+  rng = np.random.default_rng(3)
+  sets = [cases.candidate_set(rng, i + 1, 3 + i) for i in range(9)]
+  batch = cases.host_batch(sets, 12)
+  ref = rng.normal(size=batch.meta.role.shape).astype(np.float32) - 20
+  seen = []
+  for number, mesh in enumerate(meshes, 1):
+    model = cases.make_model(num_streams=8, stream_length=20, dtype=dtype,
+                             **mesh)
+    stage = cases.stage(num_negatives=2, batch_size=9,
+                        num_steps=number * per_mesh)
+    loop.train(
+        stage, model, lambda step: batch,
+        functools.partial(cases.init, model), folder,
+        metrics.Writer(folder), loop.Schedule(
+            log_every=1, save_every=100, keep=2, evaluate_every=100,
+            patience=None, keep_best=False), meta={},
+        reference=stage_lib.Reference(lambda batch: ref),
+        show=lambda step, batch, metrics: seen.append(
+            (float(metrics["loss"]), metrics["kernel/selected"].tolist())))
+  return seen
+
+
+@pytest.mark.parametrize("dtype, first, later", [
+    (jnp.float64, 1e-13, 1e-13), (jnp.float32, 1e-6, 1e-5)])
+def test_a_run_goes_on_on_other_meshes(tmp_path, dtype, first, later):
+  with jax.enable_x64(dtype == jnp.float64):
+    one, many = ((tmp_path / name) for name in ("one", "many"))
+    for folder in (one, many):
+      folder.mkdir()
+    want = losses_on(MESHES[:1], one, dtype, per_mesh=8)
+    got = losses_on(MESHES, many, dtype)
+  assert len(want) == len(got) == 8
+  assert len({loss for loss, _ in want}) == 8
+  for step, ((a, drawn), (b, other)) in enumerate(zip(want, got)):
+    assert drawn == other
+    assert abs(a - b) <= (first if step <= 2 else later) * abs(a), step
