@@ -408,6 +408,9 @@ def get_config() -> ml_collections.ConfigDict:
   generation.spool = config_dict.placeholder(str)
   # File with the server's token. None: MCPO_SERVE_TOKEN of the environment.
   generation.token_path = config_dict.placeholder(str)
+  # Seconds without an answer after which the run gives the server up, what is
+  # done kept. A server that restarts must have its weights loaded by then.
+  generation.patience_s = 300.0
 
   # --- Generate: the verb that writes candidates to JSON Lines ----------------
   generate = config.generate = ml_collections.ConfigDict()
@@ -444,8 +447,11 @@ def get_config() -> ml_collections.ConfigDict:
   # Of "judge", who tells the better of two: "module:function" or a URL.
   # None: not used.
   reward.judge = config_dict.placeholder(str)
-  # Seconds for one answer of a URL; four are waited for.
+  # Seconds for one answer of a URL.
   reward.timeout_s = 30.0
+  # Seconds that a URL without an answer is asked again before the run ends,
+  # its samples kept. One that answers wrongly is asked four times.
+  reward.patience_s = 300.0
   # Taken from the score of samples that were cut off at their longest length.
   reward.missing_eos_penalty = 0.0
   # Taken from the score for every token of a sample.

@@ -488,8 +488,8 @@ REWARDS = {
         "mcpo_jax.rewards.model:make_reward_model", needs=("path",)),
     "remote": Reward(
         "mcpo_jax.rewards.remote:make_remote", needs=("url",),
-        takes=("timeout_s",)),
+        takes=("timeout_s", "patience_s")),
     "judge": Reward(
         "mcpo_jax.rewards.judge:make_judge", needs=("judge",),
-        takes=("timeout_s",)),
+        takes=("timeout_s", "patience_s")),
 }

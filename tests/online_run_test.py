@@ -2,7 +2,10 @@
 
 import json
 import pathlib
+import signal
+import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -185,34 +188,122 @@ def test_methods_of_rounds_run_from_a_config(home, name, flags):
   assert np.isfinite(values).all()
 
 
-def test_a_server_that_dies_and_comes_back_changes_nothing(
+class Run:
+  """A run in the background, whose messages can be read as it goes on."""
+
+  def __init__(self, home, name, *flags, **extra):
+    folder, data = home
+    self.workdir, self._log = folder / name, folder / f"{name}.log"
+    with open(self._log, "a") as log:
+      self._began = log.tell()
+      self.process = subprocess.Popen(
+          run_cases.command("train", self.workdir, *data, *ONLINE, *flags),
+          env=run_cases.environment(
+              folder / "cache", PYTHONPATH=PATH,
+              MCPO_SERVE_TOKEN=serve_cases.TOKEN, **extra),
+          cwd=run_cases.ROOT, stdout=log, stderr=log)
+
+  @property
+  def said(self):
+    return self._log.read_text()[self._began:]
+
+  def wait_for(self, text):
+    serve_cases.wait_for(
+        lambda: text in self.said or self.process.poll() is not None, 240)
+    assert text in self.said, self.said[-3000:]
+
+  def end(self):
+    return self.process.wait(240)
+
+
+def free_port():
+  with socket.create_server(("127.0.0.1", 0)) as one:
+    return one.getsockname()[1]
+
+
+def test_f12_f13_f14_the_server_dies_four_deaths_and_the_trainer_one(
     home, unbroken, tmp_path):
-  """The candidates come from another process, killed in mid-run."""
-  start = f"--config.model.path={unbroken / 'sft' / 'model'}"
-  flags = {"serve.num_slots": 64, "data.max_prompt_length": 48}
-  server = serve_cases.Process(tmp_path, start, **flags)
-  folder, data = home
-  trainer = subprocess.Popen(
-      run_cases.command(
-          "train", folder / "by server", *data, *ONLINE,
-          f"--config.generation.url=http://127.0.0.1:{server.port}"),
-      env=run_cases.environment(
-          folder / "cache", PYTHONPATH=PATH,
-          MCPO_SERVE_TOKEN=serve_cases.TOKEN),
-      cwd=run_cases.ROOT, stderr=subprocess.PIPE, text=True)
-  rounds = folder / "by server" / "preference" / "rounds"
-  serve_cases.wait_for(
-      lambda: (rounds / "000001").exists() or trainer.poll() is not None, 120)
-  server.kill()
-  server = serve_cases.Process(
-      tmp_path, start, port=server.port, **flags)
-  _, said = trainer.communicate(timeout=120)
-  assert trainer.returncode == 0, said[-3000:]
-  assert server.metrics()["mcpo_weight_updates_total"] >= 1
-  server.kill()
-  assert (run_cases.summary(folder / "by server")["params/sha256"]
+  """Nobody is there at the start; the server dies in a request, comes back
+  with newer weights, dies while it takes the next ones, comes back with the
+  weights of the start, is slow and dies after the work before it has answered;
+  the trainer dies too and its successor brings older weights. All of it leads
+  to the weights of a run that samples by itself."""
+  port = free_port()
+  model = unbroken / "sft" / "model"
+  start = f"--config.model.path={model}"
+  newer = serve_cases.trained(
+      tmp_path / "newer", unbroken / "preference" / "model", 8)
+  how = {"port": port, "serve.num_slots": 64, "data.max_prompt_length": 48}
+  flags = [f"--config.generation.url=http://127.0.0.1:{port}",
+           "--config.checkpoint.every_steps=8"]
+  one = Run(home, "by server", *flags, MCPO_FAULT="online.scored@3")
+  one.wait_for("ConnectionError; it is asked again")
+  for words, fault in (
+      ([start], "gen.step@2"),  # in a request
+      ([f"--workdir={newer}", f"--config.tokenizer.path={model}"],
+       "gen.update@2"),  # of the second round's weights
+      ([start], "gen.reply@1")):  # F14: the work is done, nobody hears of it
+    server = serve_cases.Process(tmp_path, *words, fault=fault, **how)
+    assert server.process.wait(240) == -signal.SIGKILL
+    assert one.process.poll() is None, one.said[-3000:]
+  last = serve_cases.Process(
+      tmp_path, start, fault="gen.reply@2:sleep=2", **how)
+  assert one.end() == -signal.SIGKILL  # in round 2, of version 4
+  serve_cases.wait_for(lambda: not sum(last.metrics()[
+      f"mcpo_samples_{state}"] for state in ("active", "waiting")))
+  assert last.ask("/v1/models")[1]["data"][0]["policy_version"] == 4
+  assert list((one.workdir / "spool").iterdir())
+
+  two = Run(home, "by server", *flags)
+  assert two.end() == 0, two.said[-3000:]
+  assert last.process.poll() is None  # never restarted
+  assert "version 2 after 4" in last.log.read_text()
+  last.kill()
+  assert (run_cases.summary(two.workdir)["params/sha256"]
           == run_cases.summary(unbroken)["params/sha256"])
-  assert not list((folder / "by server").glob("**/.*.tmp"))
+  assert not list(two.workdir.glob("**/.*.tmp"))
+  (left,) = (two.workdir / "spool").iterdir()  # one version, of the last round
+  assert left.name.startswith("6-")
+
+
+def test_f11_a_dead_reward_server_ends_the_run_and_the_next_one_goes_on(
+    home, unbroken):
+  port = free_port()
+  serve = lambda *words: subprocess.Popen(
+      [sys.executable, run_cases.ROOT / "tests" / "reward_server.py",
+       str(port), *words], stdout=subprocess.PIPE, text=True)
+  flags = ["--config.reward.name=remote", "--config.reward.patience_s=3",
+           f"--config.reward.url=http://127.0.0.1:{port}/"]
+  dies = serve("3")
+  one = Run(home, "by reward", *flags, "--config.checkpoint.every_steps=8")
+  assert one.end() == 7, one.said[-3000:]
+  assert dies.wait() == -signal.SIGKILL
+  rounds = one.workdir / "preference" / "rounds"
+  samples = rounds / "000002.samples"
+  last = one.said.splitlines()[-1]
+  assert last.startswith("error[reward.unreachable]") and str(samples) in last
+  assert "Traceback" not in one.said and "it is asked again" in one.said
+  assert sorted(p.name for p in rounds.iterdir()) == [
+      "000000", "000001", "000002.samples"]
+  assert len((samples / "samples.jsonl").read_text().splitlines()) == 10
+  assert max(losses(one.workdir)) == 4  # nothing was trained on
+  seconds = json.loads((samples / "manifest.json").read_text())[
+      "meta"]["seconds"]
+
+  alive = serve()
+  two = Run(home, "by reward", *flags)
+  assert two.end() == 0, two.said[-3000:]
+  alive.kill()
+  asked, _ = alive.communicate()
+  assert "preference resumes at step 4" in two.said  # saved, for the failure
+  assert len(asked.split()) == 2  # of rounds 2 and 3
+  told = {r["online/round"]: r for r in run_cases.metrics(two.workdir)
+          if "online/round" in r}
+  assert told[2]["generate/seconds"] == seconds  # sampled before, not again
+  assert (run_cases.summary(two.workdir)["params/sha256"]
+          == run_cases.summary(unbroken)["params/sha256"])
+  assert losses(two.workdir) == losses(unbroken)
+  assert not samples.exists()
 
 
 def test_a_reward_that_sees_no_difference_ends_the_run(home):

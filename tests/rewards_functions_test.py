@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from mcpo_jax import errors
+from mcpo_jax import errors, patience
 from mcpo_jax.rewards import answers, functions, judge, remote
 
 
@@ -109,6 +109,18 @@ def test_a_reward_that_raises_is_named_without_the_text():
     functions.score(broken, ["secret"], ["c"])
   assert e.value.slug == "reward.failed" and "broken" in e.value.where
   assert "KeyError" in str(e.value) and "secret" not in str(e.value)
+
+
+def test_f11_a_function_of_ones_own_is_asked_four_times_and_no_more(impatient):
+  replies = iter([None, [1.0], [1.0, float("nan")], [3.0, 4.0]])
+  reward = functions.persistent(lambda **_: next(replies))
+  assert functions.score(reward, ["p"] * 2, ["c"] * 2).tolist() == [3.0, 4.0]
+  calls = []
+  broken = functions.persistent(lambda **_: calls.append(0) or 1 / 0)
+  with pytest.raises(errors.ServiceError) as e:
+    functions.score(broken, ["secret"], ["c"])
+  assert e.value.slug == "reward.failed" and len(calls) == 4
+  assert "ZeroDivisionError" in str(e.value) and "secret" not in str(e.value)
 
 
 def test_columns_reach_the_reward():
@@ -225,7 +237,8 @@ def longer(prompts, first, second, **columns):
 
 def test_win_rates_are_asked_in_both_orders():
   reward = functions.load_reward(
-      "judge", judge=f"{__name__}:longer", timeout_s=1.0)
+      "judge", judge=f"{__name__}:longer", timeout_s=1.0,
+      patience_s=1.0)
   got = functions.score(
       reward, ["p", "q", "p", "p", "r", "p"], ["aaa", "x", "a", "aa", "y", "a"])
   # Of a pair the longer one wins 1 in the first place and 1 - 0.2 in the
@@ -236,11 +249,11 @@ def test_win_rates_are_asked_in_both_orders():
 
 
 def test_a_judge_replies_probabilities():
-  reward = judge.make_judge("json:dumps", 1.0)
+  reward = judge.make_judge("json:dumps", 1.0, 1.0)
   with pytest.raises(errors.ServiceError):
     functions.score(reward, ["p", "p"], ["a", "b"])
   with pytest.raises(errors.ConfigError) as e:
-    judge.make_judge("json:no_such", 1.0)
+    judge.make_judge("json:no_such", 1.0, 1.0)
   assert e.value.slug == "reward.judge"
 
 
@@ -295,14 +308,15 @@ def server():
 
 @pytest.fixture
 def impatient(monkeypatch):
-  monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+  monkeypatch.setattr(patience, "_FIRST_PAUSE", 0.01)
 
 
 @pytest.mark.parametrize("mode", ["right", "shuffled", "busy"])
 def test_r5_a_remote_scorer_is_asked_until_it_answers_in_any_order(
     server, impatient, mode):
   reward = functions.load_reward(
-      "remote", url=f"{server}/{mode}", timeout_s=5.0, path=None)
+      "remote", url=f"{server}/{mode}", timeout_s=5.0, patience_s=20.0,
+      path=None)
   got = functions.score(reward, ["p", "q"], ["abc", "d"], extra=[1, 2])
   np.testing.assert_array_equal(got, [3.0, 1.0])
   if mode == "busy":  # one request, asked three times with one key
@@ -319,15 +333,24 @@ def test_r5_a_remote_scorer_is_asked_until_it_answers_in_any_order(
 ])
 def test_a_wrong_answer_never_becomes_a_score(
     server, impatient, row, mode, slug):
+  Scorer.seen[mode] = 0
   reward = remote.make_remote(
-      f"{server}/{mode}", timeout_s=0.2 if mode == "slow" else 5.0)
+      f"{server}/{mode}", timeout_s=0.2 if mode == "slow" else 5.0,
+      patience_s=1.0)
   with pytest.raises(errors.ServiceError) as e:
     functions.score(reward, ["p", "q"], ["abc", "d"])
   assert e.value.slug == slug and e.value.exit_code == 7
+  if mode == "refuses":
+    assert Scorer.seen[mode] == 1
+  elif mode == "slow":  # as long as patience lasts
+    assert 2 <= Scorer.seen[mode] <= 5
+  else:
+    assert Scorer.seen[mode] == functions.ATTEMPTS
 
 
 def test_nobody_there_is_said_after_the_last_attempt(impatient):
-  reward = remote.make_remote("http://127.0.0.1:9/", timeout_s=0.2)
+  reward = remote.make_remote(
+      "http://127.0.0.1:9/", timeout_s=0.2, patience_s=0.5)
   with pytest.raises(errors.ServiceError) as e:
     functions.score(reward, ["p"], ["c"])
   assert e.value.slug == "reward.unreachable"

@@ -271,7 +271,7 @@ def params_of(config, seed):
 class Process:
   """A server as its own process, with its real command line."""
 
-  def __init__(self, folder, *words, port=0, **changes):
+  def __init__(self, folder, *words, port=0, fault="", **changes):
     """`words` say what is served; the log and the cache lie in `folder`."""
     flags = {"serve.port": port,
              "serve.num_slots": 16, "data.max_prompt_length": 40,
@@ -283,11 +283,12 @@ class Process:
           [sys.executable, "-m", "mcpo_jax", "serve",
            "--config=configs/serve.py", *words,
            *(f"--config.{key}={value}" for key, value in flags.items())],
-          env=run_cases.environment(folder, MCPO_SERVE_TOKEN=TOKEN),
+          env=run_cases.environment(
+              folder, MCPO_SERVE_TOKEN=TOKEN, MCPO_FAULT=fault),
           cwd=run_cases.ROOT, stdout=log, stderr=log)
     ready = lambda: re.search(
         "serving on http://127.0.0.1:([0-9]+)", self.log.read_text()[began:])
-    wait_for(lambda: ready() or self.process.poll() is not None, 120)
+    wait_for(lambda: ready() or self.process.poll() is not None, 240)
     assert ready(), self.log.read_text()[-3000:]
     self.port = int(ready()[1])
     wait_for(self._answers)

@@ -80,17 +80,19 @@ def test_what_is_written_is_the_later_of_two_draws_and_nothing_held_out():
 class Rounds:
   """Tells what the loop asks of rounds, and breaks when told to."""
 
-  def __init__(self, told, breaks_at=None):
-    self.told, self.breaks_at = told, breaks_at
+  def __init__(self, told, breaks_at=None, lost=False):
+    self.told, self.breaks_at, self.lost = told, breaks_at, lost
 
   def advance(self, step, state):
     self.told.append(f"advance {step}")
     if step == self.breaks_at:
-      raise errors.ServiceError("reward.tie", "")
+      raise errors.ServiceError("reward.unreachable", "")
     return state, {"round": step} if step % 2 == 0 else {}
 
   def settle(self):
     self.told.append("settle")
+    if self.lost and self.told.count("settle") > 1:
+      raise errors.ServiceError("reward.unreachable", "")
 
   def close(self):
     self.told.append("close")
@@ -106,10 +108,10 @@ def test_rounds_are_ready_before_a_batch_and_on_disk_before_a_checkpoint(
                    temperature=None)._replace(num_steps=4)
   model = cases.make_model()
 
-  def run(rounds):
+  def run(rounds, folder=tmp_path):
     return loop.train(
         stage, model, lambda step: told.append(f"batch {step}") or make_batch(
-            step), lambda: cases.init(model), tmp_path,
+            step), lambda: cases.init(model), folder,
         metrics.Writer(tmp_path), loop.Schedule(
             log_every=9, save_every=2, keep=2, evaluate_every=9, patience=None,
             keep_best=False), meta={},
@@ -119,15 +121,19 @@ def test_rounds_are_ready_before_a_batch_and_on_disk_before_a_checkpoint(
     run(Rounds(told, breaks_at=3))
   assert told == [
       "advance 0", "batch 0", "advance 1", "batch 1", "settle", "save 2",
-      "advance 2", "batch 2", "advance 3", "close"]
+      "advance 2", "batch 2", "advance 3", "settle", "save 3", "close"]
   del told[:]
   run(Rounds(told))  # a round's metrics belong to its first update
-  assert told == ["advance 2", "batch 2", "advance 3", "batch 3", "settle",
-                  "save 4", "close"]
+  assert told == ["advance 3", "batch 3", "settle", "save 4", "close"]
   rows = [json.loads(line) for line in (
       tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert [(r["step"], r["round"]) for r in rows if "round" in r] == [
       (1, 0), (3, 2)]
+  # A round whose weights would be gone: the checkpoint before it stays last.
+  del told[:]
+  with pytest.raises(errors.ServiceError):
+    run(Rounds(told, breaks_at=3, lost=True), tmp_path / "lost")
+  assert told[-3:] == ["advance 3", "settle", "close"]
 
 
 def train(folder, stage, *, patience=None):

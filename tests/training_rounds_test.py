@@ -263,6 +263,75 @@ def test_a_pool_reads_back_to_the_bit(tmp_path):
   assert line["sources"] == ["policy"] * 3 + ["data"]
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_samples_read_back_to_the_bit(tmp_path, dtype):
+  rng = np.random.default_rng(0)
+  drawn = [[sampled(
+      rng.integers(0, 99, n + p), float("nan"), n, text=f"é\u2028\n{n}",
+      behaviour_logp=float(dtype(rng.normal())),
+      raw_logps=rng.normal(size=n + p).astype(dtype))
+            for n in range(3)] for p in range(2)]
+  drawn[1][2] = drawn[1][2]._replace(  # of a server of another make
+      behaviour_logp=float("nan"), raw_logps=np.full(3, np.nan, dtype))
+  place = rounds_lib.samples_of(rounds_lib.place_of(tmp_path, 2))
+  prompts = ["say", [{"role": "user", "content": "é"}]]
+  candidates.write_samples(place, prompts, drawn, {"seconds": 0.1})
+  back, meta = candidates.read_samples(place)
+  assert meta == {"seconds": 0.1}
+  for one, other in zip(sum(drawn, []), sum(back, []), strict=True):
+    for name, a, b in zip(Candidate._fields, one, other):
+      np.testing.assert_array_equal(a, b, err_msg=name)
+      assert getattr(a, "dtype", None) == getattr(b, "dtype", None)
+  lines = (place / "samples.jsonl").read_text().splitlines()
+  assert json.loads(lines[1])["prompt"] == prompts[1]
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_f11_a_round_that_is_not_scored_keeps_its_samples(tmp_path, lag):
+  """Nothing is trained on, the error says where they lie, and they go when
+  the round is there."""
+  place = rounds_lib.samples_of(tmp_path / "000001")
+
+  class Away(Fake):
+    def __call__(self, number, weights, step):
+      if number == 1:
+        candidates.write_samples(
+            place, ["say"], [[sampled([1], float("nan"))]],
+            {"policy_step": step})
+        raise errors.ServiceError("reward.unreachable", "nobody is there")
+      return super().__call__(number, weights, step)
+
+  rounds = make(tmp_path, Away(), lag=lag)
+  with pytest.raises(errors.ServiceError) as e:
+    walk(rounds, 0, 4)
+  assert e.value.slug == "reward.unreachable"
+  assert str(place) in str(e.value) and "the same line" in str(e.value)
+  assert not (tmp_path / "000001").exists()
+  assert rounds_lib.is_there(place)
+  if lag:  # a checkpoint would lack the weights that write them
+    with pytest.raises(errors.ServiceError):
+      rounds.settle()
+  rounds.close()
+  walk(make(tmp_path, Fake(), lag=lag), 0, 4)
+  assert (tmp_path / "000001").exists() and not place.exists()
+
+
+def test_samples_of_weights_that_are_not_reached_or_damaged_are_dropped(
+    tmp_path):
+  walk(make(tmp_path, Fake()), 0, 4)
+  place = rounds_lib.samples_of(tmp_path / "000002")
+  write = lambda step: candidates.write_samples(
+      place, ["say"], [[sampled([1], float("nan"))]], {"policy_step": step})
+  write(6)
+  make(tmp_path, Fake()).advance(4, state_of(14))
+  assert not place.exists()
+  write(4)
+  make(tmp_path, Fake()).advance(4, state_of(14))
+  assert rounds_lib.is_there(place)
+  (place / "samples.jsonl").write_text("")
+  assert not rounds_lib.is_there(place) and not place.exists()
+
+
 def test_equal_samples_become_one_with_a_count():
   own = [sampled([1, 2], 0.3, 0), sampled([4], 0.8, 1), sampled([1, 2], 0.3, 2),
          sampled([1, 2, 3], 0.1, 3), sampled([1, 2], 0.3, 4)]

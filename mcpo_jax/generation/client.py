@@ -10,13 +10,10 @@ They take no addresses, so their samples are not reproduced, and no weights.
 """
 
 import concurrent.futures
-import itertools
 import pathlib
-import random
 import re
 import shutil
 import threading
-import time
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,6 +27,7 @@ from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.generation.worker import wrong_version
 from mcpo_jax.models import hf, lora
 from mcpo_jax.models.config import ModelConfig
+from mcpo_jax.patience import Patience
 from mcpo_jax.types import GenerationResult, Params
 
 _SAMPLES_PER_REQUEST = 64  # about; a lost request is sampled again
@@ -69,7 +67,7 @@ class RemoteService:
       stop_ids: Sequence[int],
       pad_id: int,
       spool: pathlib.Path | None = None,
-      patience: float = 300.0,
+      patience: float,
   ):
     """Connects to nothing yet.
 
@@ -80,8 +78,8 @@ class RemoteService:
       max_completion_length: C.
       stop_ids: tokens that end a completion.
       pad_id: what stands after the end.
-      spool: folder that this process and the server see under one name, for
-        weights on their way. None: there will be no update.
+      spool: folder of this client alone, which the server sees under the same
+        name, for weights on their way. None: there will be no update.
       patience: seconds without an answer after which it gives up.
     """
     self._url, self._config = url.rstrip("/"), config
@@ -112,10 +110,11 @@ class RemoteService:
     folder = pathlib.Path(self._spool).resolve() / f"{version}-{sha256[:16]}"
     if not folder.exists():
       hf.save_params(folder, params, self._config)
-    before, self._pushed = self._pushed, _Pushed(folder, version, sha256)
+    self._pushed = _Pushed(folder, version, sha256)
     self._push()
-    if before is not None and before.folder != folder:
-      shutil.rmtree(before.folder, ignore_errors=True)
+    for other in folder.parent.iterdir():  # of before, or of a killed trainer
+      if other != folder:
+        shutil.rmtree(other, ignore_errors=True)
 
   def generate(
       self,
@@ -194,7 +193,7 @@ class RemoteService:
 
   def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
     """The answer to one request, from the weights that were pushed last."""
-    key, began = uuid.uuid4().hex, time.monotonic()
+    key, patience = uuid.uuid4().hex, None
     while True:
       pushed = self._pushed
       try:
@@ -206,7 +205,8 @@ class RemoteService:
         if e.slug != "service.version" or pushed is None:
           raise
         got = e.got
-      if time.monotonic() - began > self._patience:
+      patience = patience or Patience(self._patience)
+      if not patience.wait(self._url, "it came back with other weights"):
         raise wrong_version(got, pushed.version)
       logging.warning("the server has other weights; it gets version %d again",
                       pushed.version)
@@ -232,10 +232,10 @@ class RemoteService:
 
   def _push(self) -> None:
     """Brings the server to the pushed weights, whatever it has."""
-    began = time.monotonic()
+    patience = Patience(self._patience)
     with self._pushing:
       pushed = self._pushed
-      for attempt in itertools.count():
+      while True:
         served = self._served()
         if (served.version, served.sha256) == pushed[1:]:
           return
@@ -246,9 +246,8 @@ class RemoteService:
         except errors.ServiceError as e:
           # Another update came between, perhaps this one: its answer was lost.
           if e.slug not in ("weights.busy", "weights.version") or (
-              time.monotonic() - began > self._patience):
+              not patience.wait(self._url, e.message)):
             raise
-          time.sleep(_pause(attempt))
 
   # HTTP.
 
@@ -259,9 +258,9 @@ class RemoteService:
     headers = {"authorization": f"Bearer {self._token}"}
     if key is not None:
       headers["idempotency-key"] = key
-    began = time.monotonic()
-    for attempt in itertools.count():
-      pause = _pause(attempt)
+    patience = Patience(self._patience)
+    while True:
+      least = 0.0
       try:
         with requests.Session() as session:
           session.trust_env = False  # no proxy, no other credentials
@@ -279,14 +278,13 @@ class RemoteService:
         if answer.status_code not in (200, *_TRY_AGAIN):
           raise self._refusal(answer.status_code, content or {})
         after = answer.headers.get("retry-after", "")
-        pause = max(pause, float(after) if after.isdecimal() else 0.0)
-      if time.monotonic() + pause - began > self._patience:
+        least = float(after) if after.isdecimal() else 0.0
+      if not patience.wait(self._url, why, least=least):
         raise errors.ServiceError(
             "service.unreachable", "the generation service does not answer",
             where=self._url + path, got=why,
             want=f"an answer within {self._patience:g} s",
             hint="start it; what was done so far is kept")
-      time.sleep(pause)
 
   def _refusal(self, status: int, told: dict[str, Any]) -> errors.McpoError:
     """What the server says, as an error of this process."""
@@ -352,9 +350,3 @@ def _object_of(answer: requests.Response) -> dict[str, Any] | None:
   except requests.JSONDecodeError:
     return None
   return content if isinstance(content, dict) else None
-
-
-def _pause(attempt: int) -> float:
-  """Seconds before the next attempt: longer each time, never in step with
-  those of other clients."""
-  return min(0.1 * 2**attempt, 5.0) * random.uniform(0.5, 1.0)

@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from mcpo_jax import errors
+from mcpo_jax import errors, faults
 from mcpo_jax.data.tokenizer import Tokenizer
 from mcpo_jax.generation import answers, requests, transport
 from mcpo_jax.generation.worker import Event, Weights, Worker
@@ -195,7 +195,9 @@ class Server:
 
   async def _whole(self, ask: requests.Ask) -> bytes:
     async with contextlib.aclosing(self._events(ask)) as events:
-      return self._writer(ask).whole([event async for event in events])
+      answer = self._writer(ask).whole([event async for event in events])
+    await asyncio.to_thread(faults.point, "gen.reply")
+    return answer
 
   async def _stream(self, ask: requests.Ask) -> AsyncIterator[bytes]:
     writer = self._writer(ask)
@@ -248,6 +250,7 @@ class Server:
           where="version", got=push.version, want=f"above {served[0]}",
           hint=f"or replaces={served[0]}")
     params = await asyncio.to_thread(self._load, folder, push.sha256)
+    faults.point("gen.update")
     await asyncio.wrap_future(self._worker.update(
         Weights(((params, 1.0),), push.version, push.sha256)))
     logging.info("weights: version %d after %d", push.version, served[0])

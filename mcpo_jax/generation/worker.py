@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors
+from mcpo_jax import errors, faults
 from mcpo_jax.generation import engine as engine_lib
 from mcpo_jax.generation.requests import Ask
 from mcpo_jax.generation.text import TextStream
@@ -161,6 +161,7 @@ class Worker:
         self._hand_over()
         if not self._engine.idle:
           self._tell(self._engine.step(self._tokens_per_step))
+          faults.point("gen.step")
       except errors.NonFiniteError as e:
         self._fail(e)
       except Exception as e:  # a bug: said once, and to everyone who waits

@@ -20,8 +20,11 @@ from typing import Any
 import numpy as np
 
 from mcpo_jax import errors, hosts, registry
+from mcpo_jax.patience import Patience
 
 Reward = Callable[..., Sequence[float]]
+
+ATTEMPTS = 4  # to get a right reply
 
 
 def load_reward(name: str, **arguments: Any) -> Reward:
@@ -62,7 +65,7 @@ def load_reward(name: str, **arguments: Any) -> Reward:
         want=f"{', '.join(registry.REWARDS)} or module:function",
     ) from e
   if entry is None:
-    return _as_messages(function)
+    return persistent(_as_messages(function))
   return function(**{
       key: arguments[key]
       for key in (*entry.needs, *entry.takes)
@@ -80,6 +83,24 @@ def _as_messages(function: Reward) -> Reward:
     return function(prompts=prompts, completions=told, **columns)
 
   return reward
+
+
+def persistent(reward: Reward) -> Reward:
+  """The reward, asked up to ATTEMPTS times while it raises or replies wrongly:
+  behind a function of one's own may stand anything."""
+
+  @functools.wraps(reward)
+  def again(prompts, completions, **columns):
+    patience = Patience(math.inf)
+    for attempt in range(ATTEMPTS):
+      try:
+        return _reply(reward, prompts, completions, columns)
+      except errors.ServiceError as e:
+        if attempt == ATTEMPTS - 1:
+          raise
+        patience.wait(e.where, e.message)
+
+  return again
 
 
 def score(

@@ -8,13 +8,13 @@ import numpy as np
 
 from mcpo_jax import errors
 from mcpo_jax.rewards import remote
-from mcpo_jax.rewards.functions import Reward, score
+from mcpo_jax.rewards.functions import Reward, persistent, score
 
 # (prompts, first, second, **columns) -> probability that the first is better
 Judge = Callable[..., Sequence[float]]
 
 
-def make_judge(judge: str, timeout_s: float) -> Reward:
+def make_judge(judge: str, timeout_s: float, patience_s: float) -> Reward:
   """Win rates in [0, 1] against the other completions of the same prompt.
 
   Every pair is asked in both orders, against a judge that prefers a place:
@@ -26,15 +26,19 @@ def make_judge(judge: str, timeout_s: float) -> Reward:
       probability that the first is better, 1/2 for a tie; or a URL that is
       posted {"ids", "prompts", "first", "second", "columns"} and replies
       {"ids", "scores"}.
-    timeout_s: seconds for one attempt at the URL.
+    timeout_s, patience_s: of a URL, see `remote.ask`.
 
   Raises:
     ConfigError: reward.judge, nothing can be imported from it.
   """
-  ask = _remote_judge(judge, timeout_s) if "://" in judge else _import(judge)
+  far = "://" in judge
+  ask = _remote_judge(judge, timeout_s, patience_s) if far else _import(judge)
 
   def compare(prompts, completions, **columns):
     return ask(prompts=prompts, first=completions, **columns)
+
+  if not far:
+    compare = persistent(compare)
 
   def win_rate(prompts, completions, **columns):
     count = len(completions)
@@ -80,12 +84,12 @@ def _import(name: str) -> Judge:
   return function
 
 
-def _remote_judge(url: str, timeout_s: float) -> Judge:
+def _remote_judge(url: str, timeout_s: float, patience_s: float) -> Judge:
 
   def ask(prompts, first, second, **columns):
     return remote.ask(
         url, {"prompts": list(prompts), "first": list(first),
               "second": list(second), "columns": columns},
-        len(first), timeout_s=timeout_s)
+        len(first), timeout_s=timeout_s, patience_s=patience_s)
 
   return ask

@@ -1,35 +1,37 @@
 """Rewards over HTTP: JSON out, scores back, with bounded patience."""
 
 import json
-import random
-import time
 import uuid
 from typing import Any
 
 import requests
 
 from mcpo_jax import errors
+from mcpo_jax.patience import Patience
 from mcpo_jax.rewards import functions
-
-ATTEMPTS = 4
-_FIRST_PAUSE = 0.5  # seconds, doubled at every attempt
 
 
 def ask(
-    url: str, fields: dict[str, Any], count: int, *, timeout_s: float
+    url: str,
+    fields: dict[str, Any],
+    count: int,
+    *,
+    timeout_s: float,
+    patience_s: float,
 ) -> list[float]:
   """Posts {"ids": [...], **fields}; puts {"ids", "scores"} in order.
 
-  Network errors, time-outs, 429, 5xx and replies that are not as agreed are
-  tried again after a pause that doubles and jitters; another status is final.
-  The header Idempotency-Key stays the same, so that a server may answer a
-  repeated request from memory.
+  Network errors, time-outs, 429 and 5xx are tried again for patience_s, a reply
+  that is not as agreed functions.ATTEMPTS times; another status is final. The
+  header Idempotency-Key stays the same, so that a server may answer a repeated
+  request from memory.
 
   Args:
     url: where to.
     fields: of JSON values.
     count: of the scores.
     timeout_s: seconds for one attempt.
+    patience_s: seconds after which no further attempt is made.
 
   Returns:
     `count` finite numbers.
@@ -49,9 +51,8 @@ def ask(
         where=url) from e
   headers = {"Content-Type": "application/json",
              "Idempotency-Key": uuid.uuid4().hex}
-  for attempt in range(ATTEMPTS):
-    if attempt:
-      time.sleep(_FIRST_PAUSE * 2 ** (attempt - 1) * (0.5 + random.random()))
+  patience, wrong = Patience(patience_s), 0
+  while True:
     try:
       reply = requests.post(
           url, data=body, timeout=timeout_s, headers=headers)
@@ -59,20 +60,21 @@ def ask(
       failure = errors.ServiceError(
           "reward.unreachable", "the reward server did not answer", where=url,
           got=type(e).__name__,
-          want=f"an answer within {timeout_s} s, {ATTEMPTS} attempts")
-      continue
-    if reply.status_code == 200:
-      try:
-        return _in_order(reply.content, ids, url)
-      except errors.ServiceError as e:
-        failure = e
-        continue
-    failure = errors.ServiceError(
-        "reward.failed", "the reward server does not answer as agreed",
-        where=url, got=f"status {reply.status_code}", want="status 200")
-    if reply.status_code < 500 and reply.status_code != 429:
-      break
-  raise failure
+          want=f"an answer within {timeout_s:g} s, for {patience_s:g} s")
+    else:
+      if reply.status_code == 200:
+        try:
+          return _in_order(reply.content, ids, url)
+        except errors.ServiceError as e:
+          failure, wrong = e, wrong + 1
+      else:
+        failure = errors.ServiceError(
+            "reward.failed", "the reward server does not answer as agreed",
+            where=url, got=f"status {reply.status_code}", want="status 200")
+        if reply.status_code < 500 and reply.status_code != 429:
+          raise failure
+    if wrong == functions.ATTEMPTS or not patience.wait(url, failure.message):
+      raise failure
 
 
 def _in_order(content: bytes, ids: list[int], url: str) -> list[float]:
@@ -99,8 +101,10 @@ def _in_order(content: bytes, ids: list[int], url: str) -> list[float]:
   ).tolist()
 
 
-def make_remote(url: str, timeout_s: float) -> functions.Reward:
-  """A scorer behind a URL.
+def make_remote(
+    url: str, timeout_s: float, patience_s: float
+) -> functions.Reward:
+  """A scorer behind a URL; see `ask`.
 
   It is posted {"ids", "prompts", "completions", "columns"} and replies
   {"ids", "scores"}, in any order.
@@ -110,6 +114,6 @@ def make_remote(url: str, timeout_s: float) -> functions.Reward:
     return ask(
         url, {"prompts": list(prompts), "completions": list(completions),
               "columns": {k: list(v) for k, v in columns.items()}},
-        len(completions), timeout_s=timeout_s)
+        len(completions), timeout_s=timeout_s, patience_s=patience_s)
 
   return remote

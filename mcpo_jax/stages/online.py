@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors, objective_names, registry, sharding
+from mcpo_jax import errors, hosts, objective_names, registry, sharding
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.rewards import functions
@@ -72,7 +72,8 @@ def make_rounds(
         "data.too_small", "a round samples different prompts", got=len(rows),
         where="data.path", want=f"at least {plan.num_prompts}",
         hint="lower online.prompts_per_round")
-  fill = Filler(run, stage, model, start, data, rows, plan)
+  folder = run.workdir / "preference" / "rounds"
+  fill = Filler(run, stage, model, start, data, rows, plan, folder)
   index_of = {int(row): i for i, row in enumerate(rows)}
   preferred = config["data"]["preferred"]
   if config["online"]["preferred"] == "data":
@@ -97,16 +98,16 @@ def make_rounds(
         step=step, stop=config["online"]["alarm"] == "stop")
 
   return rounds_lib.Rounds(
-      plan, run.workdir / "preference" / "rounds", fill,
-      batch_size=stage.batch_size, seed=stage.seed, arrange=arrange,
-      check=check)
+      plan, folder, fill, batch_size=stage.batch_size, seed=stage.seed,
+      arrange=arrange, check=check)
 
 
 class Filler:
   """Makes the pool of a round; `rounds.Fill`."""
 
-  def __init__(self, run, stage, model, start, data, rows, plan):
+  def __init__(self, run, stage, model, start, data, rows, plan, folder):
     """Loads the reward, the judge and, where it is fixed, the reference."""
+    self._folder = folder
     config = run.config
     self._options, self._stage, self._model = config["online"], stage, model
     self._config, self._data, self._rows = config, data, rows
@@ -133,7 +134,6 @@ class Filler:
       self, number: int, weights: rounds_lib.Weights, step: int
   ) -> rounds_lib.Pool:
     """Samples, scores and compares the candidates of one round."""
-    began = time.perf_counter()
     weights = rounds_lib.Weights(
         self._model.policy(weights.policy),
         weights.moving and self._model.policy(weights.moving))
@@ -141,11 +141,9 @@ class Filler:
         number, self._plan.num_prompts, len(self._rows),
         seed=self._stage.seed)]
     prompts = sampling.prompt_set(self._data, rows)
-    sampled = self._sample(number, prompts, weights, step)
-    seconds = time.perf_counter() - began
-    tokens = int(sampled.mask.sum())
+    drawn, seconds = self._drawn(number, prompts, weights, step)
+    tokens = sum(len(c.tokens) for own in drawn for c in own)
 
-    drawn = [self._sampled(number, i, sampled) for i in range(len(rows))]
     told = [[c for c in own if not self._is_empty(c)] for own in drawn]
     others = [self._of_record(number, int(row)) for row in rows]
     if self._reward is not None:
@@ -182,6 +180,23 @@ class Filler:
     if self._fixed is not None:
       return self._fixed
     return weights.moving if self._source == "ema" else weights.policy
+
+  def _drawn(self, number, prompts, weights, step):
+    """The samples of each prompt, not scored yet, and the seconds they took.
+    They are kept until they are scored: a reward may be away for long."""
+    place = rounds_lib.samples_of(rounds_lib.place_of(self._folder, number))
+    if not hosts.from_first("samples", lambda: rounds_lib.is_there(place)):
+      began = time.perf_counter()
+      sampled = self._sample(number, prompts, weights, step)
+      seconds = time.perf_counter() - began
+      candidates.write_samples(
+          place, prompts.prompts,
+          [self._sampled(number, i, sampled)
+           for i in range(len(prompts.prompts))],
+          {"policy_step": step, "seconds": seconds})
+      hosts.wait_for_first("samples")
+    drawn, meta = candidates.read_samples(place)
+    return drawn, meta["seconds"]
 
   def _sample(self, number, prompts, weights, step):
     share = self._options["mixture"]

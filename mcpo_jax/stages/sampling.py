@@ -121,8 +121,12 @@ def make_online_service(
   options = run.config["generation"]
   if options["url"] is None:
     return make_service(run, model, params, run.sampler_mesh)
+  spool = run.workdir / "spool"
+  if options["spool"] is not None:  # others may use it too
+    spool = pathlib.Path(options["spool"]) / setup.digest(
+        str(run.workdir.resolve()))
   return client.RemoteService(
       options["url"], token=token_lib.read_token(options["token_path"]),
       config=model.config, max_completion_length=longest_sample(run.config),
       stop_ids=run.tokenizer.stop_ids, pad_id=run.tokenizer.pad_id,
-      spool=pathlib.Path(options["spool"] or run.workdir / "spool"))
+      spool=spool, patience=options["patience_s"])

@@ -1,12 +1,16 @@
 """From samples of a prompt to its candidate set, and what a round is like."""
 
+import json
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mcpo_jax import types
-from mcpo_jax.training.rounds import PoolSet
+from mcpo_jax import commit, types
+from mcpo_jax.training.rounds import PoolSet, numbers_of, to_numbers
+
+_FILE = "samples.jsonl"
 
 # Ids of sampled candidates begin here in round 0 and move on by as much every
 # round; those of a record are its places, far below.
@@ -25,6 +29,52 @@ class Candidate(NamedTuple):
   finish_reason: str | None = None  # None: of the record
   behaviour_logp: float = float("nan")  # nats, of the law it was drawn from
   raw_logps: np.ndarray | None = None  # [C] nats, of the raw policy
+
+
+def write_samples(
+    place: pathlib.Path, prompts: list[Any], drawn: list[list[Candidate]],
+    meta: dict[str, Any],
+) -> None:
+  """Commits the samples of each prompt, not scored yet, as one folder: JSON
+  Lines, a prompt a line."""
+
+  def write(folder):
+    with open(folder / _FILE, "w") as file:
+      for prompt, own in zip(prompts, drawn):
+        file.write(json.dumps({
+            "prompt": prompt, "completions": [c.text for c in own],
+            "finish_reasons": [c.finish_reason for c in own],
+            "candidate_ids": [c.candidate_id for c in own],
+            "behaviour_logps": to_numbers([c.behaviour_logp for c in own]),
+            "completion_tokens": [c.tokens.tolist() for c in own],
+            "raw_logps": [to_numbers(c.raw_logps) for c in own],
+            "dtype": str(own[0].raw_logps.dtype)}) + "\n")
+
+  commit.write_folder(place, write, meta)
+
+
+def read_samples(
+    place: pathlib.Path,
+) -> tuple[list[list[Candidate]], dict[str, Any]]:
+  """What `write_samples` wrote, to the bit, and the meta.
+
+  Raises:
+    CheckpointError: the folder is damaged or was never committed.
+  """
+  meta = commit.verify(place)
+  return [
+      [Candidate(
+          tokens=np.array(tokens, np.int32), mask=np.ones(len(tokens), bool),
+          text=text, candidate_id=number, score=float("nan"), source="policy",
+          finish_reason=reason, behaviour_logp=logp,
+          raw_logps=numbers_of(raw, line["dtype"]))
+       for tokens, text, number, reason, logp, raw in zip(
+           line["completion_tokens"], line["completions"],
+           line["candidate_ids"], line["finish_reasons"],
+           numbers_of(line["behaviour_logps"], np.float64).tolist(),
+           line["raw_logps"])]
+      for line in map(
+          json.loads, (place / _FILE).read_text().splitlines())], meta
 
 
 def reject(

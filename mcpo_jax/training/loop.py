@@ -3,6 +3,7 @@
 Read `train` from top to bottom; `update.run_step` is one update.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -179,7 +180,8 @@ def train(
     them.
 
   Raises:
-    NonFiniteError, CheckpointError. Preempted, when all is saved.
+    NonFiniteError, CheckpointError. Preempted and ServiceError, when all is
+      saved.
   """
   functions = make_functions(stage, model, reference.config)
   meter = performance.Meter(functions, model.mesh, when.profile)
@@ -336,6 +338,11 @@ def _train(
       save()
     raise preempt.stopped(
         f"{stage.name} is saved at step {step}" if step else "") from None
+  except errors.ServiceError:  # who did not answer may be away for long
+    if step > on_disk and hosts.count() == 1:
+      with contextlib.suppress(errors.ServiceError):  # a round of a lag
+        save()
+    raise
   bar.close()
 
   # --- Result ----------------------------------------------------------------

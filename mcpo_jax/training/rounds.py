@@ -6,6 +6,7 @@ written by the weights published `lag` rounds before it begins, never by those
 that happen to be there: with a lag a thread makes them while earlier rounds
 train, and a round that is not ready is waited for. Each round is one committed
 folder, so a run that restarts in the middle of one trains on the same sets.
+Beside it lie the samples of a round whose reward has not answered yet.
 Several processes make a round between two updates, whatever the lag: what runs
 on the devices of all must be begun by all in the same order.
 """
@@ -215,18 +216,26 @@ class Rounds:
     self._thread.shutdown(cancel_futures=True)
 
   def _place(self, number: int) -> pathlib.Path:
-    return self._folder / f"{number:06d}"
+    return place_of(self._folder, number)
 
   def _begin(self, number: int, weights: Weights, step: int) -> None:
     """Starts to make a round that is not on disk already."""
     place = self._place(number)
-    if hosts.from_first("a round", lambda: self._is_there(number)):
+    if hosts.from_first("a round", lambda: is_there(place)):
       return
 
     def make(weights):
-      pool = self._fill(number, weights, step)
+      try:
+        pool = self._fill(number, weights, step)
+      except errors.ServiceError as e:
+        if samples_of(place).exists():
+          e.hint = (f"the samples of round {number} lie in "
+                    f"{samples_of(place)}; the same line has them scored")
+        raise
       faults.point("online.scored")
       write_pool(place, pool)
+      if hosts.is_first():
+        commit.remove_folder(samples_of(place))
       hosts.wait_for_first("candidates")
       faults.point("online.committed")
 
@@ -236,22 +245,10 @@ class Rounds:
       copied = jax.tree.map(jnp.copy, weights)
       self._pending[number] = self._thread.submit(make, copied)
 
-  def _is_there(self, number: int) -> bool:
-    """Whether the round is on disk; a damaged one is removed."""
-    place = self._place(number)
-    if not place.exists():
-      return False
-    try:
-      commit.verify(place)
-      return True
-    except errors.CheckpointError as e:
-      logging.warning("round %d is made again: %s", number, e)
-      shutil.rmtree(place)
-      return False
-
   def _open(self, number: int) -> Pool:
     if number in self._pending:
-      self._pending.pop(number).result()
+      self._pending[number].result()
+      del self._pending[number]
     return read_pool(self._place(number))
 
   def _discard_after(self, step: int) -> None:
@@ -281,6 +278,30 @@ class Rounds:
     return usable
 
 
+def place_of(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Where a round lies."""
+  return folder / f"{number:06d}"
+
+
+def is_there(place: pathlib.Path) -> bool:
+  """Whether a round, or its samples, lie on disk; what is damaged is
+  removed."""
+  if not place.exists():
+    return False
+  try:
+    commit.verify(place)
+    return True
+  except errors.CheckpointError as e:
+    logging.warning("round %s is made again: %s", place.name, e)
+    shutil.rmtree(place)
+    return False
+
+
+def samples_of(place: pathlib.Path) -> pathlib.Path:
+  """Where the samples of a round lie until it is there itself."""
+  return place.with_name(f"{place.name}.samples")
+
+
 def write_pool(place: pathlib.Path, pool: Pool) -> None:
   """Commits a pool as one folder: JSON Lines, a set a line."""
 
@@ -305,11 +326,20 @@ def read_pool(place: pathlib.Path) -> Pool:
               meta["policy_step"], meta["metrics"])
 
 
+def to_numbers(values: Any) -> list[float | None] | None:
+  """A list for JSON, which has no NaN; None stays."""
+  return None if values is None else [
+      None if v != v else v for v in np.asarray(values).tolist()]
+
+
+def numbers_of(values: list[float | None], dtype: Any) -> np.ndarray:
+  """What `to_numbers` was given."""
+  return np.array([np.nan if v is None else v for v in values], dtype)
+
+
 def _to_json(one: PoolSet) -> dict[str, Any]:
   """Arrays as lists; a float32 as a number reads back to the same float32."""
-  plain = lambda x: None if x is None else [
-      None if v != v else v for v in np.asarray(x).tolist()]
-  own = one.candidates
+  plain, own = to_numbers, one.candidates
   return {
       "prompt_id": own.prompt_id, "row": one.row, "prompt": one.prompt,
       "completions": one.texts, "scores": plain(own.scores),
@@ -327,8 +357,7 @@ def _to_json(one: PoolSet) -> dict[str, Any]:
 
 
 def _from_json(line: dict[str, Any]) -> PoolSet:
-  floats = lambda x: np.array(
-      [np.nan if v is None else v for v in x], np.float32)
+  floats = lambda x: numbers_of(x, np.float32)
   return PoolSet(
       row=line["row"], prompt=line["prompt"], texts=line["completions"],
       sources=line["sources"], finish_reasons=line["finish_reasons"],

@@ -38,7 +38,8 @@ from mcpo_jax.training import stage as stage_lib
 _FREE = re.compile(
     r"(cache_dir|stages|log\..*|export\..*|compare\..*|generate\..*|serve\..*|"
     r"benchmark\..*|evaluation\.(models|baseline|reward)|mesh\..*|"
-    r"generation\.(url|spool|token_path)|watchdog\..*|"
+    r"generation\.(url|spool|token_path|patience_s)|"
+    r"reward\.(url|timeout_s|patience_s)|watchdog\..*|"
     r"checkpoint\.(every_steps|keep|timeout_seconds|grace_seconds))$")
 
 # Part of every content key in the cache: raise it when the same input would
