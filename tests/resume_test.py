@@ -14,7 +14,7 @@ import training_cases as cases
 
 from mcpo_jax import errors, main
 from mcpo_jax.evaluation import report
-from mcpo_jax.training import loop, metrics, setup
+from mcpo_jax.training import estimator, loop, metrics, setup
 from mcpo_jax.training import stage as stage_lib
 
 
@@ -57,6 +57,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path):
       MCPO_FAULT="step.before@13")  # between two saves, 7 updates are done
   assert killed.returncode == -9
   before = rows(tmp_path / "run", "preference")
+  shown = "preference/candidates.jsonl"
+  for name in ("metrics.jsonl", shown):  # as if killed in the middle of a line
+    with open(tmp_path / "run" / name, "a") as file:
+      file.write('{"stage": "preference", "st')
   report.write_report([tmp_path / "run"], tmp_path / "killed.html",
                       pictures=False)
   again = run_cases.run("train", tmp_path / "run", cache, *flags)
@@ -67,6 +71,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(unbroken, tmp_path):
     whole = rows(folder / "run", stage)
     assert rows(tmp_path / "run", stage) == whole
     assert list(whole) == sorted(whole)
+  assert ((tmp_path / "run" / shown).read_text()
+          == (folder / "run" / shown).read_text())
   assert 7 in before  # and again
   assert re.search("preference resumes at step [46]", again.stderr)
 
@@ -213,3 +219,32 @@ def test_a_run_goes_on_on_other_meshes(tmp_path, dtype, first, later):
   for step, ((a, drawn), (b, other)) in enumerate(zip(want, got)):
     assert drawn == other
     assert abs(a - b) <= (first if step <= 2 else later) * abs(a), step
+
+
+def test_no_row_is_written_twice(tmp_path, monkeypatch):
+  """Killed after the gradients were compared, before the next save."""
+  monkeypatch.setattr(estimator, "compare_gradients", lambda *_: {"gap": 1.0})
+  batch = cases.host_batch([cases.candidate_set(
+      np.random.default_rng(3), 1, 4)], 4)
+  stage = cases.stage(strategy="random", score=None, batch_size=1)
+  model = cases.make_model()
+
+  def train(stop_at):
+    def show(step, batch, metrics):
+      if step == stop_at:
+        raise RuntimeError("killed")
+
+    loop.train(
+        stage, model, lambda step: batch, lambda: cases.init(model), tmp_path,
+        metrics.Writer(tmp_path), loop.Schedule(
+            log_every=1, save_every=2, keep=2, evaluate_every=100,
+            patience=None, keep_best=False, estimate_every=2), meta={},
+        reference=stage_lib.Reference(lambda batch: np.zeros((1, 4))),
+        show=show)
+
+  with pytest.raises(RuntimeError):
+    train(stop_at=3)
+  train(stop_at=None)
+  rows = run_cases.metrics(tmp_path)
+  assert [row["step"] for row in rows if "gap" in row] == [1, 3]
+  assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]

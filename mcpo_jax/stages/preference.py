@@ -99,7 +99,8 @@ def make_show(run, data, path):
     if not hosts.is_first():
       return
     if not last and path.exists():
-      kept = [line for line in path.read_text().splitlines()
+      # What follows the last line end was being written when the run died.
+      kept = [line for line in path.read_text().split("\n")[:-1]
               if json.loads(line)["step"] < step - 1]
       commit.write_file(path, "".join(line + "\n" for line in kept))
     last.append(step)
