@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import http.client
-import os
 import pathlib
 import random
 import signal
@@ -198,6 +197,54 @@ def test_refusals_and_failures_keep_their_names(served):
   one.close()
 
 
+class Forgetful:
+  """A server that is started again with other weights, whenever told to."""
+
+  def __init__(self):
+    self.served = Served(load=lambda folder, sha256: sha256)
+
+  def restart(self, version, sha256):
+    self.served.engine.version = self.served.worker.version = version
+    self.served.worker.sha256 = sha256
+
+
+@pytest.mark.parametrize("version, sha256", [
+    (0, "0" * 64), (3, "1" * 64), (9, "2" * 64)])
+def test_f12_weights_are_pushed_again_whatever_a_server_came_back_with(
+    tmp_path, version, sha256):
+  """Older ones, newer ones, and others of the same version."""
+  one, asked = Forgetful(), request()
+  _, config = serve_cases.model_folder(tmp_path / "model")
+  (tmp_path / "spool" / "1-of a killed trainer").mkdir(parents=True)
+  remote = connect(one.served.url, config, spool=tmp_path / "spool")
+  remote.update(serve_cases.params_of(config, 0), 3)
+  assert [p.name[:2] for p in (tmp_path / "spool").iterdir()] == ["3-"]
+  check_fake(remote.generate(**asked), asked, 3)
+  one.restart(version, sha256)
+  check_fake(remote.generate(**asked, require_version=3), asked, 3)
+  assert one.served.worker.counts["updates"] == 2
+  one.served.close()
+
+
+def test_f12_a_server_that_never_keeps_the_weights_is_given_up(tmp_path):
+  one = Forgetful()
+  _, config = serve_cases.model_folder(tmp_path / "model")
+  remote = connect(
+      one.served.url, config, spool=tmp_path / "spool", patience=0.5)
+  remote.update(serve_cases.params_of(config, 0), 3)
+  submit = one.served.worker.submit
+
+  def forget(ask, tell):
+    one.restart(0, "0" * 64)
+    return submit(ask, tell)
+
+  one.served.worker.submit = forget
+  with pytest.raises(errors.ServiceError) as e:
+    remote.generate(**request())
+  assert e.value.slug == "service.version" and e.value.want == 3
+  one.served.close()
+
+
 # Servers of others.
 
 
@@ -366,16 +413,8 @@ def ask_as_a_client(port, i, kind, body):
     not pathlib.Path("/proc/net/tcp").exists(), reason="needs Linux")
 def test_a_process_listens_to_this_machine_alone(process):
   """All of its sockets, not only the one that is served."""
-  proc = pathlib.Path("/proc", str(process.process.pid))
-  mine = {os.readlink(place) for place in (proc / "fd").iterdir()}
-  listening = set()
-  for name in ("tcp", "tcp6"):
-    for line in (proc / "net" / name).read_text().splitlines()[1:]:
-      words = line.split()
-      host, port = words[1].split(":")
-      if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
-        listening.add((host, int(port, 16)))
-  assert listening == {("0100007F", process.port)}  # 127.0.0.1
+  assert serve_cases.listening(process.process.pid) == {
+      ("127.0.0.1", process.port)}
 
 
 def test_200_clients_get_what_the_service_gives(model, process):

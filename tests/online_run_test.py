@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import signal
 import socket
 import subprocess
@@ -53,9 +54,37 @@ def pools(folder):
       (folder / "preference" / "rounds").glob("[0-9]*"))]
 
 
+# A network of its own, without any way out, where a user may make one.
+ALONE = ["unshare", "-rn"]
+if shutil.which("unshare") is None or subprocess.run(
+    [*ALONE, "true"], capture_output=True).returncode:
+  ALONE = []
+
+
 @pytest.fixture(scope="module")
 def unbroken(home):
-  return succeed(home, "unbroken")
+  """Ran without a network, and was not told to expect none."""
+  folder, data = home
+  done = subprocess.run(
+      [*ALONE, *run_cases.command("train", folder / "unbroken", *data,
+                                  *ONLINE)],
+      env=run_cases.environment(
+          folder / "cache", PYTHONPATH=PATH, HF_HUB_OFFLINE="0"),
+      cwd=run_cases.ROOT, capture_output=True, text=True, timeout=600)
+  assert done.returncode == 0, done.stderr[-3000:]
+  return folder / "unbroken"
+
+
+@pytest.mark.skipif(not ALONE, reason="needs user namespaces")
+def test_f25_a_run_needs_no_network(unbroken):
+  with socket.create_server(("127.0.0.1", 0)) as here:
+    address = here.getsockname()
+    reach = f"import socket; socket.create_connection({address!r})"
+    assert not subprocess.run([sys.executable, "-c", reach]).returncode
+    there = subprocess.run([*ALONE, sys.executable, "-c", reach],
+                           capture_output=True, text=True)
+  assert "Network is unreachable" in there.stderr
+  assert run_cases.summary(unbroken)["step"] == 8
 
 
 def test_every_candidate_says_where_it_came_from(unbroken):
@@ -238,6 +267,7 @@ def test_f12_f13_f14_the_server_dies_four_deaths_and_the_trainer_one(
            "--config.checkpoint.every_steps=8"]
   one = Run(home, "by server", *flags, MCPO_FAULT="online.scored@3")
   one.wait_for("ConnectionError; it is asked again")
+  assert not serve_cases.listening(one.process.pid)
   for words, fault in (
       ([start], "gen.step@2"),  # in a request
       ([f"--workdir={newer}", f"--config.tokenizer.path={model}"],

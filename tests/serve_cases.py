@@ -5,6 +5,7 @@ import functools
 import hashlib
 import http.client
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -228,6 +229,20 @@ def wait_for(ready, seconds=60.0):
   while not ready():
     assert time.monotonic() < end, "never came"
     time.sleep(0.005)
+
+
+def listening(pid):
+  """{(host, port)} of the TCP sockets on which a process listens."""
+  proc, found = pathlib.Path("/proc", str(pid)), set()
+  mine = {os.readlink(place) for place in (proc / "fd").iterdir()}
+  for name in ("tcp", "tcp6"):
+    for line in (proc / "net" / name).read_text().splitlines()[1:]:
+      words = line.split()
+      host, port = words[1].split(":")
+      if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+        address = bytes.fromhex(host)[::-1]  # right for four bytes
+        found.add((".".join(map(str, address)), int(port, 16)))
+  return found
 
 
 def model_folder(folder):
