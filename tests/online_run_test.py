@@ -115,7 +115,7 @@ def test_every_candidate_says_where_it_came_from(unbroken):
 
 
 @pytest.mark.parametrize("fault", [
-    "online.scored@3",     # candidates are there, their folder is not
+    "reward.reply@3",      # samples and scores are there, no candidates
     "online.committed@3",  # the folder is there, no update has used it
     "step.drawn@6",        # inside a round, no checkpoint of this step
 ])
@@ -269,7 +269,7 @@ def test_f12_f13_f14_the_server_dies_four_deaths_and_the_trainer_one(
   one.wait_for("ConnectionError; it is asked again")
   assert not serve_cases.listening(one.process.pid)
   for words, fault in (
-      ([start], "gen.step@2"),  # in a request
+      ([start], "gen.request@2"),  # in a request
       ([f"--workdir={newer}", f"--config.tokenizer.path={model}"],
        "gen.update@2"),  # of the second round's weights
       ([start], "gen.reply@1")):  # F14: the work is done, nobody hears of it

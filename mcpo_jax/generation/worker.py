@@ -161,7 +161,7 @@ class Worker:
         self._hand_over()
         if not self._engine.idle:
           self._tell(self._engine.step(self._tokens_per_step))
-          faults.point("gen.step")
+          faults.point("gen.request")  # some are under way
       except errors.NonFiniteError as e:
         self._fail(e)
       except Exception as e:  # a bug: said once, and to everyone who waits

@@ -8,7 +8,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import errors, hosts, objective_names, registry, sharding
+from mcpo_jax import (
+    errors,
+    faults,
+    hosts,
+    objective_names,
+    registry,
+    sharding,
+)
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.rewards import functions
@@ -270,6 +277,7 @@ class Filler:
            for name, column in prompts.columns.items()},
         finish_reasons=[c.finish_reason or "stop" for c in flat],
         lengths=[len(c.tokens) for c in flat])
+    faults.point("reward.reply")
     ends = np.cumsum([len(group) for group in groups])
     return np.split(scores, ends[:-1])
 
