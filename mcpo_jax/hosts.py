@@ -195,6 +195,31 @@ def first_goes_ahead(what: str) -> Iterator[None]:
     from_first(what, lambda: None)
 
 
+def check_same(slug: str, what: str, own: dict[str, Any], *, hint: str) -> None:
+  """Compares named JSON values with those of the first process.
+
+  Args:
+    slug: of the error.
+    what: is compared, for the message.
+    own: names and values.
+    hint: what to do.
+
+  Raises:
+    ConfigError: `slug`, with the difference.
+  """
+  if count() == 1:
+    return
+  own = json.loads(json.dumps(own))
+  first = from_first(what, lambda: own)
+  changed = [f"{k}: {first.get(k)!r} -> {own.get(k)!r}"
+             for k in sorted(first.keys() | own.keys())
+             if first.get(k) != own.get(k)]
+  if changed:
+    raise errors.ConfigError(
+        slug, f"not {what} of the first process", where=f"process {index()}",
+        got="; ".join(changed[:20]), hint=hint)
+
+
 def wait_for_first(what: str) -> None:
   """Returns when the first process has come here, with its files."""
   from_first(what, lambda: None)

@@ -4,16 +4,27 @@ Nothing here imports JAX before the config has been checked, so a wrong flag or
 key answers within two seconds.
 """
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
+import re
 import sys
 import traceback
 from typing import Any, NamedTuple, NoReturn
 
 from absl import logging
 
-from mcpo_jax import config_file, errors, hosts, preempt, settings, watch
+from mcpo_jax import (
+    config_file,
+    errors,
+    hosts,
+    preempt,
+    settings,
+    user_code,
+    watch,
+)
 
 VERBS = {
     "train": "run the stages of a config, or resume them",
@@ -127,24 +138,33 @@ def read_config(command: CommandLine) -> dict[str, Any]:
       config_file.load(command.flags["config"]), command.overrides)
 
 
-def check_same_config(config: dict[str, Any]) -> None:
-  """Compares the config with that of the first process.
+def check_same(config: dict[str, Any]) -> None:
+  """Compares config and code with those of the first process.
 
   Raises:
-    ConfigError: hosts.config, with the difference.
+    ConfigError: hosts.config, hosts.code, with the difference.
   """
   if hosts.count() == 1:
     return
-  first = settings.flatten(hosts.from_first("the config", lambda: config))
-  own = settings.flatten(json.loads(json.dumps(config)))
-  changed = [f"{k}: {first.get(k)!r} -> {own.get(k)!r}"
-             for k in sorted(first.keys() | own.keys())
-             if first.get(k) != own.get(k)]
-  if changed:
-    raise errors.ConfigError(
-        "hosts.config", "the processes have different configs",
-        where="MCPO_PROCESS_ID", got="; ".join(changed[:20]),
-        hint="start all of them by the same line")
+  hosts.check_same("hosts.config", "the config", settings.flatten(config),
+                   hint="start all of them by the same line")
+  hosts.check_same("hosts.code", "the code", code_of(config),
+                   hint="give all of them the same checkout and environment")
+
+
+def code_of(config: dict[str, Any]) -> dict[str, str | None]:
+  """Hash of the package, of each file of the user's own that the config names,
+  and the versions of what computes."""
+  package = pathlib.Path(__file__).parent
+  whole = hashlib.sha256()
+  for path in sorted(package.rglob("*.py")):
+    whole.update(f"{path.relative_to(package)}\0".encode() + path.read_bytes())
+  names = re.findall(r"[\w./]+:[A-Za-z_]\w*", " ".join(
+      str(config[group]["strategy" if group == "kernel" else "name"])
+      for group in ("objective", "kernel", "reward")))
+  return {"mcpo_jax": whole.hexdigest()} | {
+      name: user_code.source_hash(name) for name in names} | {
+      name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
 
 
 def run(argv: list[str]) -> None:
@@ -192,7 +212,7 @@ def run(argv: list[str]) -> None:
   if command.verb == "plan":
     _plan(config, command.flags)
     return
-  check_same_config(config)
+  check_same(config)
   if command.verb in SHARED_VERBS:
     preempt.allow(config["checkpoint"]["grace_seconds"])
     hosts.allow(config["watchdog"]["work_seconds"])

@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
 import run_cases
 import safetensors.numpy
 
-from mcpo_jax import errors, main
+from mcpo_jax import errors, hosts, main, settings
+from mcpo_jax.data import store
 
 FLAGS = [
     "--config.sft.num_steps=12", "--config.num_steps=3",
@@ -205,6 +207,56 @@ def test_an_error_of_one_ends_all_with_its_message(tmp_path):
     assert "error[hosts.config]" in said(run, i)
     assert "seed: 0 -> 5" in said(run, i)
   assert not run.exists()
+
+
+@pytest.fixture
+def second(monkeypatch):
+  """This is the second of two processes; `words` are what the first says."""
+  words = []
+  monkeypatch.setattr(hosts, "_place", hosts.Place(1, 2, None))
+  monkeypatch.setattr(hosts, "from_first", lambda what, make: words.pop(0))
+  return words
+
+
+def test_values_that_differ_are_named(second):
+  second.append({"same": [1, 2], "other": 1, "gone": None})
+  with pytest.raises(errors.ConfigError) as caught:
+    hosts.check_same("hosts.data", "the data", {
+        "same": (1, 2), "other": 2, "new": "x"}, hint="")
+  assert caught.value.slug == "hosts.data"
+  assert caught.value.got == "new: None -> 'x'; other: 1 -> 2"
+  second.append({"same": [1, 2]})
+  hosts.check_same("hosts.data", "the data", {"same": (1, 2)}, hint="")
+
+
+def test_the_code_of_all_is_the_same(second, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  loss = tmp_path / "mine.py"
+  loss.write_text("def loss(features, batch, state): pass\n")
+  config = {"objective": {"name": "dpo"}, "kernel": {"strategy": "mc"},
+            "reward": {"name": "length*2,mine:loss"}}
+  first = main.code_of(config)
+  assert {"mcpo_jax", "mine:loss", "jax"} < first.keys()
+  second += [settings.flatten(config), first]
+  main.check_same(config)
+  loss.write_text("def loss(features, batch, state): return 0.0\n")
+  second += [settings.flatten(config), first]
+  with pytest.raises(errors.ConfigError) as caught:
+    main.check_same(config)
+  assert caught.value.slug == "hosts.code"
+  assert caught.value.got.startswith("mine:loss: ")
+
+
+def test_data_that_the_first_process_has_not_made_is_refused(second, tmp_path):
+  flags = run_cases.write_data(tmp_path)
+  path = flags[0].partition("=")[2]
+  with pytest.raises(errors.ConfigError) as caught:
+    store.build_store(
+        [(path, "auto", 1.0, None)], types.SimpleNamespace(
+            vocab_size=300, key="a tokenizer"), cache_dir=tmp_path / "cache",
+        max_prompt_length=48, max_completion_length=24)
+  assert caught.value.slug == "hosts.data" and path in caught.value.where
+  assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("verb, variables, slug, where", [

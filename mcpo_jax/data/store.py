@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, hosts
 from mcpo_jax.data import files, readers, records
 from mcpo_jax.data.records import Record
 from mcpo_jax.data.tokenizer import Tokenizer
@@ -521,7 +521,7 @@ def build_store(
     DataError or ErrorGroup: bad rows, missing or damaged files,
       data.duplicate_id, data.quarantine (too many), data.too_small (none
       left), data.changed (a file, while it was read).
-    ConfigError: config.range.
+    ConfigError: config.range; hosts.data, this process has other files.
   """
   choices = {
       "prompt_overlength": (
@@ -554,6 +554,11 @@ def build_store(
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
   folder = pathlib.Path(cache_dir) / f"store-{key[:32]}"
   store = _open(folder, key)
+  if store is None and not hosts.is_first():
+    raise errors.ConfigError(
+        "hosts.data", "not the data that the first process has made",
+        where=", ".join(path for path, *_ in sources), got=key,
+        hint="give all of them the same files")
   if store is None:
     meta: dict[str, Any] = {"key": key}
 

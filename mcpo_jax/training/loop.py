@@ -210,6 +210,10 @@ def _train(
 ) -> tuple[types.Params, int]:
   """The body of `train`."""
   # --- Restore ---------------------------------------------------------------
+  hosts.check_same(
+      "hosts.run", f"the stage {stage.name}", meta | {
+          "num_steps": stage.num_steps, "num_examples": stage.num_examples},
+      hint="data, weights and code of all must be the same")
   code = [mcpo_jax.__version__, launches.commit_of_code()]
   keeper.check_room(functions.state_shapes, best=when.keep_best)
   with watch.phase("work", f"{stage.name}: the newest checkpoint"):

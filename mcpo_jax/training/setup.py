@@ -368,7 +368,7 @@ def open_store(
   data = run.config["data"]
   with watch.phase("work", f"the data of {name}"), hosts.first_goes_ahead(
       f"the data of {name}"):
-    return store_lib.build_store(
+    store = store_lib.build_store(
         sources_of(run.config, path, format), run.tokenizer,
         max_prompt_length=data["max_prompt_length"],
         max_completion_length=data["max_completion_length"],
@@ -380,6 +380,9 @@ def open_store(
         quarantine_text=data["quarantine_text"],
         max_quarantined_share=data["max_quarantined_share"],
         prompts_only=prompts_only, cache_dir=run.cache / "data")
+  hosts.check_same("hosts.data", f"the data of {name}", {path: store.key},
+                   hint="give all of them the same files")
+  return store
 
 
 def held_out(data: store_lib.Store, fraction: float) -> np.ndarray:
