@@ -467,6 +467,9 @@ def get_config() -> ml_collections.ConfigDict:
   online.enabled = False
   # Prompts of a round.
   online.prompts_per_round = 64
+  # Those that are sampled together; a run that is stopped in a round keeps the
+  # parts that are done.
+  online.prompts_per_part = 256
   # Times that a round's sets are trained on.
   online.epochs_per_round = 1
   # Candidates of a prompt, the preferred one included.

@@ -196,6 +196,7 @@ KEYS: dict[str, Setting] = {
     "reward.thinking": Setting(choices=("answer", "thinking", "both")),
     "online.enabled": _FLAG,
     "online.prompts_per_round": _COUNT,
+    "online.prompts_per_part": _COUNT,
     "online.epochs_per_round": _COUNT,
     "online.num_candidates": Setting(low=2, high=4095),
     "online.num_samples": or_none(Setting(low=1, high=4095)),

@@ -91,13 +91,16 @@ def check() -> None:
   """Raises if this is where to stop.
 
   All processes call it equally often, and between two calls each waits for
-  something that all of them do.
+  something that all of them do. In another thread than the main one it does
+  nothing: whose work that is waits for it.
 
   Raises:
     Preempted: run.preempted.
     ResourceError: hosts.apart, this process is ahead of the others.
   """
   global _turn
+  if threading.current_thread() is not threading.main_thread():
+    return
   _turn += 1
   if _asked is not None and (hosts.count() == 1 or _is_last_turn()):
     raise stopped("")

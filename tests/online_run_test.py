@@ -114,6 +114,24 @@ def test_every_candidate_says_where_it_came_from(unbroken):
   assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_run_stopped_in_a_round_keeps_the_parts_that_are_done(home, unbroken):
+  """The third round is sampled in parts of 4, 4 and 2 prompts."""
+  parts = "--config.online.prompts_per_part=4"
+  done = train(home, "stopped", parts, MCPO_FAULT="online.part@8:term")
+  assert done.returncode == 75
+  assert "preference is saved at step 4" in done.stderr
+  folder = home[0] / "stopped"
+  made = sorted((folder / "preference/rounds/000002.samples").iterdir())
+  assert [p.name for p in made] == ["000000", "000004"]
+  before = [p.stat().st_mtime_ns for p in made]
+  done = train(home, "stopped", parts, MCPO_FAULT="online.scored@1:term")
+  assert done.returncode == 75
+  assert [p.stat().st_mtime_ns for p in made] == before  # and are taken
+  succeed(home, "stopped", parts)
+  # In other company the samples are the same, their log-probs up to rounding.
+  assert losses(folder) == pytest.approx(losses(unbroken), abs=1e-5)
+
+
 @pytest.mark.parametrize("fault", [
     "reward.reply@3",      # samples and scores are there, no candidates
     "online.committed@3",  # the folder is there, no update has used it
@@ -315,9 +333,9 @@ def test_f11_a_dead_reward_server_ends_the_run_and_the_next_one_goes_on(
   assert "Traceback" not in one.said and "it is asked again" in one.said
   assert sorted(p.name for p in rounds.iterdir()) == [
       "000000", "000001", "000002.samples"]
-  assert len((samples / "samples.jsonl").read_text().splitlines()) == 10
+  assert len((samples / "000000/samples.jsonl").read_text().splitlines()) == 10
   assert max(losses(one.workdir)) == 4  # nothing was trained on
-  seconds = json.loads((samples / "manifest.json").read_text())[
+  seconds = json.loads((samples / "000000/manifest.json").read_text())[
       "meta"]["seconds"]
 
   alive = serve()

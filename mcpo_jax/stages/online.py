@@ -1,5 +1,6 @@
 """On-policy candidates of the preference stage: sampled, scored, compared."""
 
+import functools
 import math
 import time
 from typing import Any
@@ -13,11 +14,13 @@ from mcpo_jax import (
     faults,
     hosts,
     objective_names,
+    preempt,
     registry,
     sharding,
 )
 from mcpo_jax.data import batches, packing
 from mcpo_jax.data import store as store_lib
+from mcpo_jax.evaluation import samples
 from mcpo_jax.rewards import functions
 from mcpo_jax.stages import references, sampling
 from mcpo_jax.training import alarms, candidates, reference, setup
@@ -190,20 +193,34 @@ class Filler:
 
   def _drawn(self, number, prompts, weights, step):
     """The samples of each prompt, not scored yet, and the seconds they took.
-    They are kept until they are scored: a reward may be away for long."""
-    place = rounds_lib.samples_of(rounds_lib.place_of(self._folder, number))
-    if not hosts.from_first("samples", lambda: rounds_lib.is_there(place)):
-      began = time.perf_counter()
-      sampled = self._sample(number, prompts, weights, step)
-      seconds = time.perf_counter() - began
-      candidates.write_samples(
-          place, prompts.prompts,
-          [self._sampled(number, i, sampled)
-           for i in range(len(prompts.prompts))],
-          {"policy_step": step, "seconds": seconds})
-      hosts.wait_for_first("samples")
-    drawn, meta = candidates.read_samples(place)
-    return drawn, meta["seconds"]
+    They are drawn and written in parts, so that a run that is stopped in a
+    round keeps them, and lie there until they are scored: a reward may be away
+    for long."""
+    folder = rounds_lib.samples_of(rounds_lib.place_of(self._folder, number))
+    size = self._options["prompts_per_part"]
+    drawn, seconds = [], 0.0
+    for first in range(0, len(prompts.prompts), size):
+      preempt.check()
+      place, some = folder / f"{first:06d}", slice(first, first + size)
+      if not hosts.from_first(
+          "samples", functools.partial(rounds_lib.is_there, place)):
+        part = samples.PromptSet(
+            prompts.tokens[some], prompts.prompt_ids[some],
+            prompts.prompts[some], {})
+        began = time.perf_counter()
+        sampled = self._sample(number, part, weights, step)
+        own = time.perf_counter() - began
+        candidates.write_samples(
+            place, part.prompts,
+            [self._sampled(number, i, sampled)
+             for i in range(len(part.prompts))],
+            {"policy_step": step, "seconds": own})
+        hosts.wait_for_first("samples")
+        faults.point("online.part")
+      more, meta = candidates.read_samples(place)
+      drawn, seconds = drawn + more, seconds + meta["seconds"]
+    preempt.check()
+    return drawn, seconds
 
   def _sample(self, number, prompts, weights, step):
     share = self._options["mixture"]
