@@ -20,6 +20,7 @@ from mcpo_jax import (
     config_file,
     errors,
     hosts,
+    memory,
     preempt,
     settings,
     user_code,
@@ -333,6 +334,8 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     hosts.fail("nobody reads the output", 141)
   except Exception as e:
+    if ours := memory.as_ours(e):
+      _fail(ours, argv)
     if hosts.count() == 1:
       raise
     traceback.print_exc()  # now: the others will end this process

@@ -5,6 +5,7 @@ Read `train` from top to bottom; `update.run_step` is one update.
 
 import contextlib
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from mcpo_jax import (
     errors,
     faults,
     hosts,
+    memory,
     preempt,
     registry,
     types,
@@ -216,6 +218,8 @@ def _train(
       hint="data, weights and code of all must be the same")
   code = [mcpo_jax.__version__, launches.commit_of_code()]
   keeper.check_room(functions.state_shapes, best=when.keep_best)
+  memory.check_host(
+      host_bytes(functions.state_shapes), f"the state of {stage.name}")
   with watch.phase("work", f"{stage.name}: the newest checkpoint"):
     restored = keeper.restore_latest(functions.state_shapes)
   best = {"accuracy": -1.0, "step": 0, "waited": 0}
@@ -355,6 +359,26 @@ def _train(
     logging.info("%s: step %d evaluated best", stage.name, step)
     state = keeper.restore(step, functions.state_shapes)
   return step_lib.policy_of(state.params), step
+
+
+def host_bytes(state: Any) -> int:
+  """Bytes of the host that training takes at least: the copy that a save
+  writes, and where the host is the device the state and the gradients too."""
+
+  def of(tree: Any, *, once: bool) -> int:
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+      places = leaf.sharding.addressable_devices_indices_map(leaf.shape)
+      count = len(set(map(str, places.values()))) if once else len(places)
+      total += count * leaf.dtype.itemsize * math.prod(
+          leaf.sharding.shard_shape(leaf.shape))
+    return total
+
+  device = jax.tree.leaves(state)[0].sharding.mesh.local_devices[0]
+  copy = of(state, once=True)
+  if device.platform != "cpu":
+    return copy
+  return copy + of(state, once=False) + of(state.params, once=False)
 
 
 def is_watched() -> bool:
