@@ -31,6 +31,7 @@ _STOP = "stop"
 _TURN = "stop/turn"
 _HEARD = "stop/heard"
 
+_lock = threading.RLock()  # a signal may interrupt who holds it
 _asked: str | None = None  # name of the signal
 _all_know = False  # in the first process: whether all others have heard
 _holds = False  # whether something would be lost
@@ -139,8 +140,9 @@ def _is_last_turn() -> bool:
   return _last == _turn
 
 
-def _interrupt(signum, frame) -> None:
+def _interrupt(number, frame) -> None:
   """In the main thread, when it comes to it."""
+  _note(signal.Signals(number).name, here=True)  # the other may be late
   if not _holds:
     raise KeyboardInterrupt
 
@@ -160,21 +162,25 @@ def _hear(incoming: int) -> None:
       told += number != signal.SIGUSR1
       if told == 2:
         hosts.abort(f"told twice to stop, by {name}", 128 + number)
-      if _asked is None:
-        _begin_to_stop(name, quick=not _holds)
-        _start(hosts.say, _STOP, name)
+      _note(name, here=True)
 
 
 def _start(function, *args) -> None:
   threading.Thread(target=function, args=args, daemon=True).start()
 
 
-def _begin_to_stop(name: str, *, quick: bool) -> None:
+def _note(name: str, *, here: bool) -> None:
+  """The first time: this process, or another one, was told to stop."""
   global _asked
-  _asked = name
+  with _lock:
+    if _asked is not None:
+      return
+    _asked = name
   if hosts.is_first():
     print(f"{name}: stops; a second signal quits", file=sys.stderr)
-  _start(_end, _QUICK_SECONDS if quick else _grace)
+  _start(_end, _QUICK_SECONDS if here and not _holds else _grace)
+  if here:
+    _start(hosts.say, _STOP, name)
 
 
 def _end(seconds: float) -> None:
@@ -188,8 +194,7 @@ def _end(seconds: float) -> None:
 def _on_stop(name: str) -> None:
   """In a thread: one of the processes was told."""
   global _all_know
-  if _asked is None:
-    _begin_to_stop(name, quick=False)
+  _note(name, here=False)
   if hosts.is_first():
     for index in range(1, hosts.count()):
       hosts.await_word(f"{_HEARD}/{index}")

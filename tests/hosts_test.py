@@ -91,12 +91,20 @@ def runs(tmp_path_factory):
   finish(folder / "one", one)
   finish(many, four, want=75)
   said_by.append([said(many, i) for i in range(4)])
-  alone = start(many, flags, processes=1, devices=1, fault="step.after@2:term")
+  left = 12 - step_of(said_by[0][0])  # of sft, then the second of preference
+  alone = start(many, flags, processes=1, devices=1,
+                fault=f"step.after@{left + 2}:term")
   finish(many, alone, want=75)
   said_by.append([said(many, 0)])
   finish(many, start(many, [*flags, "--config.mesh.fsdp=2"], processes=2,
                      devices=2))
   return folder, said_by
+
+
+def step_of(text):
+  """The step that a run that was told to stop says it saved."""
+  return int(re.search(r"told to stop by SIGTERM, \w+ is saved at step (\d+)",
+                       text)[1])
 
 
 def losses(workdir):
@@ -139,8 +147,7 @@ def test_the_first_process_alone_speaks_and_writes(runs):
 
 def test_when_one_is_told_to_stop_all_save_the_same_step(runs):
   _, (four, (alone,)) = runs
-  (step,) = {re.search(r"told to stop by SIGTERM, sft is saved at step (\d+)",
-                       text)[1] for text in four}
+  (step,) = {step_of(text) for text in four}
   assert f"sft resumes at step {step}" in alone
   assert "preference is saved at step 2" in alone
 
