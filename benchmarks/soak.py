@@ -86,8 +86,9 @@ PHASES = {
     "state": Phase(
         "train", (*OFFLINE, "--config.stages=sft,preference",
                   "--config.objective.name=bco",
-                  "--config.kernel.strategy=random",
-                  "--config.kernel.temperature=None",
+                  "--config.kernel.temperature=None"), STEPS),
+    "window": Phase(
+        "train", (*OFFLINE, "--config.stages=sft,preference",
                   "--config.kernel.refresh=epoch"), STEPS),
     "lora": Phase(
         "train", (*OFFLINE, "--config.stages=sft,preference",
@@ -382,7 +383,6 @@ def plan(phase: Phase, kills: int, rng: random.Random) -> list[str | None]:
 
 def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
   """Lives of one phase until all its kills have happened."""
-  phase.run_unbroken()
   if phase.name == "offline":
     phase.jump()
   wanted, outcomes = plan(phase.phase, num_kills, rng), []
@@ -399,7 +399,8 @@ def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
     found, missed = phase.live(kills)
     outcomes += found
     wanted = [kill.point for kill in missed] + wanted
-    print(f"{phase.name}: {len(outcomes)} of {num_kills}", flush=True)
+    print(f"{phase.name}: {len(outcomes)} of {num_kills}", *found,
+          *phase.problems, sep="\n  ", flush=True)
   if wanted:
     phase.problems.append(f"{phase.name}: never reached: {wanted}")
   return outcomes
@@ -483,6 +484,8 @@ def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
   shares = [options.kills // len(names) + (i < options.kills % len(names))
             for i in range(len(names))]
   with concurrent.futures.ThreadPoolExecutor(options.lanes) as pool:
+    for unbroken in [pool.submit(phase.run_unbroken) for phase in phases]:
+      unbroken.result()
     lives = [
         pool.submit(soak, phase, share,
                     random.Random(f"{options.seed} {phase.name}"))
