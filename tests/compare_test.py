@@ -432,6 +432,12 @@ def test_a_killed_comparison_goes_on_to_the_end(tmp_path):
       folder = tmp_path / "work" / "cells" / row / seed
       assert table[row]["seeds"][seed] == run_cases.summary(folder)[
           "eval/margin"]
+  # The cell that was killed ends as the run does that nobody killed.
+  alone = run_cases.run("train", tmp_path / "alone", tmp_path / "other cache",
+                        *flags, "--config.stages=sft,preference")
+  assert alone.returncode == 0, alone.stderr[-3000:]
+  assert (run_cases.summary(first)["params/sha256"]
+          == run_cases.summary(tmp_path / "alone")["params/sha256"])
   log = (tmp_path / "work" / "cells" / "rnce" / "1.log").read_text()
   assert "the same start was trained before" in log
   assert "reference:" not in log  # the progress bar of filling
