@@ -286,9 +286,8 @@ rngs = functools.partial(st.randoms, use_true_random=False)
 
 
 @settings(max_examples=200, deadline=None)
-@given(rng=rngs(), chat=st.booleans())
-def test_whatever_is_asked_is_understood_or_refused(rng, chat):
-  path = CHAT if chat else COMPLETIONS
+@given(rng=rngs(), path=st.sampled_from([COMPLETIONS, CHAT, "/v1/weights"]))
+def test_whatever_is_asked_is_understood_or_refused(rng, path):
   request_cases.check_body(request_cases.body(rng, path), path)
 
 
@@ -398,7 +397,8 @@ def test_health_says_nothing_of_the_model_or_of_paths(served):
 
 
 def test_unknown_paths_and_methods_are_refused_with_a_slug(served):
-  assert served.ask("/v1/nothing")[:2][0] == 404
+  status, got, _ = served.ask("/v1/nothing")
+  assert (status, got["slug"]) == (404, "request.route")
   status, got, _ = served.ask(COMPLETIONS, method="GET")
   assert status == 405 and got["slug"] == "request.method"
   assert served.ask(COMPLETIONS + "/", ADDRESS)[0] == 404
@@ -551,6 +551,9 @@ def test_g10_weights_are_replaced_whole_or_not_at_all(own, tmp_path):
       (weights(tmp_path, 4) | {"sha256": None}, 422, "request.sha256"),
       (weights(tmp_path, 4) | {"version": "4"}, 422, "request.version"),
       (weights(tmp_path, 4, dtype="f4"), 422, "request.unknown_field"),
+      (weights(tmp_path, 4) | {"path": "/a\0"}, 422, "request.path"),
+      (weights(tmp_path, 4) | {"path": "\ud800"}, 422, "request.path"),
+      (weights(tmp_path, 4) | {"path": "/" + "x" * 999}, 422, "request.path"),
   ):
     got = served.ask("/v1/weights", body)
     assert (got[0], got[1]["slug"]) == (status, slug)
@@ -581,6 +584,22 @@ def test_g10_weights_may_come_as_a_file(own):
   assert got[1]["slug"] == "request.sha256"
   got = served.ask(place.replace("=2", "=4"), b" " * 50_001, **kind)
   assert got[0] == 413 and served.engine.version == 2
+
+
+def test_f13_half_a_file_of_a_trainer_that_died_blocks_nobody(own, tmp_path):
+  served = own()
+  with socket.create_connection(("127.0.0.1", served.port)) as one:
+    one.sendall(b"POST /v1/weights?version=2&sha256=" + b"0" * 64
+                + b" HTTP/1.1\r\nhost: a\r\ncontent-length: 40000\r\n"
+                b"content-type: application/safetensors\r\n"
+                b"authorization: Bearer " + serve_cases.TOKEN.encode()
+                + b"\r\n\r\n" + b" " * 20_000)
+    wait_for(lambda: served.front._updating)
+    busy = served.ask("/v1/weights", weights(tmp_path, 1))
+    assert (busy[0], busy[1]["slug"]) == (409, "weights.busy")
+  wait_for(lambda: not served.front._updating)
+  assert served.ask("/v1/weights", weights(tmp_path, 1))[0] == 200
+  assert served.engine.version == 1
 
 
 def test_weights_wait_for_what_runs_and_come_before_what_waits(own, tmp_path):

@@ -4,7 +4,9 @@ The generators take a `random.Random`: that of hypothesis, which finds the
 smallest request that fails, or one with a seed, which is 50 times as fast.
 """
 
+import contextlib
 import json
+import pathlib
 import random
 import re
 import socket
@@ -52,6 +54,9 @@ def body(rng: random.Random, path: str) -> bytes:
     made["messages" if "chat" in path else "prompt"] = rng.choice(
         [[{"role": "user", "content": "a"}]] if "chat" in path else
         ["a cup", [7, 8], [[7], [8, 9]]])
+  if path == "/v1/weights" and rng.randrange(2):
+    made = {"path": rng.choice(("/nowhere", "\0", "\ud800", "a\nb", "x" * 999)),
+            "sha256": "0" * 64, "version": 3} | made
   if rng.randrange(20) == 0:
     made["best_of"] = 2
   data = bytearray(json.dumps(made).encode())
@@ -68,9 +73,14 @@ def check_body(made: bytes, path: str) -> str | None:
   Anything else that it raises is a fault of the parser.
   """
   try:
+    fields = requests.parse_json(made)
+    if path == "/v1/weights":
+      push = requests.parse_push(fields, sent=False)
+      with contextlib.suppress(OSError):
+        pathlib.Path(push.path).stat()
+      return None
     ask = requests.parse(
-        requests.parse_json(made), serve_cases.tokenizer(), LIMITS,
-        chat="chat" in path)
+        fields, serve_cases.tokenizer(), LIMITS, chat="chat" in path)
   except errors.ServiceError as e:
     assert e.slug.startswith("request.") and e.where
     return e.slug

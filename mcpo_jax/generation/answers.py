@@ -21,7 +21,7 @@ from mcpo_jax.generation.worker import Event
 # What is not 422.
 _STATUS = {
     "request.json": 400, "request.object": 400, "request.body": 400,
-    "request.token": 401, "request.path": 404, "request.method": 405,
+    "request.token": 401, "request.route": 404, "request.method": 405,
     "request.timeout": 408, "service.version": 409, "weights.version": 409,
     "weights.busy": 409, "request.size": 413, "request.media_type": 415,
     "service.full": 503, "service.stopping": 503, "service.failed": 500,

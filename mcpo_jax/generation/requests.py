@@ -168,7 +168,9 @@ _FIELDS = {
     },
 }
 _PUSH = {
-    "path": _Field(lambda v: isinstance(v, str) and len(v) > 0, "a folder"),
+    "path": _Field(
+        lambda v: isinstance(v, str) and len(v) > 0 and v.isprintable(),
+        "a folder"),
     "sha256": _Field(
         lambda v: isinstance(v, str) and len(v) == 64, "64 hex digits"),
     "version": _whole(0, 2**63 - 1),

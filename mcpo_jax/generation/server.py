@@ -249,7 +249,11 @@ class Server:
           "weights.version", "the service has these or newer weights",
           where="version", got=push.version, want=f"above {served[0]}",
           hint=f"or replaces={served[0]}")
-    params = await asyncio.to_thread(self._load, folder, push.sha256)
+    try:
+      params = await asyncio.to_thread(self._load, folder, push.sha256)
+    except OSError as e:
+      raise requests.refuse("path", "no weights can be read there",
+                            got=e.strerror) from e
     faults.point("gen.update")
     await asyncio.wrap_future(self._worker.update(
         Weights(((params, 1.0),), push.version, push.sha256)))
@@ -309,7 +313,7 @@ async def _on_refusal(request: Request, error: errors.McpoError) -> Response:
 
 async def _on_http_error(request: Request, error: HTTPException) -> Response:
   del request
-  slugs = {404: "request.path", 405: "request.method"}
+  slugs = {404: "request.route", 405: "request.method"}
   return answers.refusal(errors.ServiceError(
       slugs.get(error.status_code, "request.body"), error.detail,
       where="path"))
