@@ -138,6 +138,7 @@ def write_report(run: setup.Run) -> None:
     path = run.cache / "audits" / f"{key}.json"
     try:
       if not path.exists():
+        logging.info("report: reads the data through, once")
         path.parent.mkdir(exist_ok=True)
         commit.write_file(path, json.dumps(audit_data(run.config)))
       write_summary(run.workdir, flat_audit(json.loads(path.read_text())))
