@@ -152,7 +152,7 @@ def open_job(
       vocab_size=vocab_size, pad_id=0, bos_id=1, stop_ids=(2,))
   mesh = sharding.make_mesh(**config["mesh"], devices=devices)
   here = pathlib.Path()
-  run = setup.Run(config, here, here, mesh, folder, tokenizer)
+  run = setup.Run(config, here, here, mesh, folder, tokenizer, {})
   model, start, start_policy = architecture.open_trained(
       run, *architecture.open_model(run, folder))
   stage = setup.stage_of(

@@ -132,7 +132,7 @@ def read_config(command: CommandLine) -> dict[str, Any]:
         raise errors.ConfigError(
             "config.unused", "the config of the workdir is read as it is",
             where=command.overrides[0][0], hint="give --config=FILE too")
-      return settings.read_saved(saved)
+      return settings.check_saved(settings.read_saved(saved), saved)
     raise errors.ConfigError("config.missing", "no config given",
                              where="--config", hint="--config=configs/FILE.py")
   return config_file.resolve(

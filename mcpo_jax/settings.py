@@ -180,6 +180,23 @@ def unknown_key(key: str, known: Iterable[str]) -> errors.ConfigError:
       "config.unknown_key", "no such key", where=key, hint=hint)
 
 
+def check_saved(config: dict[str, Any], path: pathlib.Path) -> dict[str, Any]:
+  """A config that was read back, if it is as `resolve` once gave it.
+
+  Raises:
+    ErrorGroup of ConfigError: config.missing, or what a value is not.
+  """
+  flat = flatten(config)
+  found = [errors.ConfigError(
+      "config.missing", "the saved config lacks a key", where=f"{path}, {key}",
+      hint="it was changed by hand: restore it") for key in KEYS
+      if key not in flat and not key.startswith("objective.")]
+  found += [e for key in KEYS.keys() & flat.keys()
+            for e in _check(key, flat[key], KEYS[key])]
+  _raise_all(found)
+  return config
+
+
 def resolve(config: dict[str, Any]) -> dict[str, Any]:
   """Checks a nested config dict and fills in the defaults that depend on it.
 

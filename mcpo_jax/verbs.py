@@ -32,6 +32,7 @@ def train(
   setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir, profile=profile)
+  pools.check_data(run)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                           wandb=config["log"]["wandb"])
   stages = {"sft": sft_stage.run_sft,

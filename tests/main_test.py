@@ -283,5 +283,5 @@ def test_stores_and_tokenizers_follow_the_config(tmp_path):
        for text in (f"{name} {i}", "c", "d")])
   own = setup.open_tokenizer(config, tmp_path, None)
   assert own.bos == "none"
-  run = setup.Run(config, tmp_path, tmp_path / "cache", None, None, own)
+  run = setup.Run(config, tmp_path, tmp_path / "cache", None, None, own, {})
   assert len(setup.open_store(run, path, "auto", name="train")) == 2 * 2 + 3

@@ -27,7 +27,7 @@ KEYWORDS = {"shell": False, "allow_pickle": False, "trust_remote_code": False}
 
 # Code that its user has named by a path runs; nothing else does.
 ALLOWED = {
-    ("main.py", "exec_module"): "the config file that was typed",
+    ("config_file.py", "exec_module"): "the config file that was typed",
     ("user_code.py", "exec"): "an objective, kernel or reward of the user's",
     ("report.py", "Environment"): "our own page, which escapes what it shows",
 }

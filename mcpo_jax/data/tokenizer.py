@@ -538,7 +538,13 @@ def load_tokenizer(
     hf = transformers.AutoTokenizer.from_pretrained(
         str(path), revision=revision, trust_remote_code=False)
     backend = hf.backend_tokenizer
-  except Exception as e:  # transformers raises many kinds for a bad folder
+    backend.no_padding()
+    backend.no_truncation()
+    first = backend.encode("a", add_special_tokens=False).tokens[:1]
+    adds_bos = hf("a")["input_ids"][:1] == [hf.bos_token_id]
+  except BaseException as e:  # many kinds; panics of tokenizers among them
+    if isinstance(e, (KeyboardInterrupt, SystemExit)):
+      raise
     raise errors.ModelDirError(
         "hf.tokenizer", f"no tokenizer can be loaded: {type(e).__name__}",
         where=str(path), want="a folder with tokenizer.json",
@@ -547,8 +553,6 @@ def load_tokenizer(
   if hf.eos_token_id is None:
     raise errors.ModelDirError(
         "hf.tokenizer", "the tokenizer names no EOS token", where=str(path))
-  backend.no_padding()
-  backend.no_truncation()
 
   template = hf.chat_template if chat_template is None else chat_template
   if isinstance(template, dict):
@@ -560,13 +564,11 @@ def load_tokenizer(
       template and str(t) in template)}
   controls |= set(hf.all_special_tokens)
   controls -= {*_THINK_TAGS, ""}
-  first = backend.encode("a", add_special_tokens=False).tokens[0]
   tokenizer = Tokenizer(
       hf=hf, template=template,
       template_kwargs=dict(chat_template_kwargs or {}), date=date, think=think,
       scored=scored, special_text=special_text, bos=bos,
-      adds_bos=hf("a")["input_ids"][0] == hf.bos_token_id,
-      prefixes_space=first.startswith("▁"),
+      adds_bos=adds_bos, prefixes_space="".join(first).startswith("▁"),
       controls=re.compile("|".join(re.escape(c) for c in sorted(
           controls, key=lambda c: (-len(c), c)))) if controls else None,
       end_id=hf.eos_token_id, counts=collections.Counter())

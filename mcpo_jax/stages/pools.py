@@ -6,6 +6,7 @@ from absl import logging
 from mcpo_jax import errors, objective_names, types
 from mcpo_jax.data import mismatched, packing
 from mcpo_jax.data import store as store_lib
+from mcpo_jax.stages import results
 from mcpo_jax.training import setup
 
 
@@ -13,6 +14,8 @@ def open_preference_stores(
     run: setup.Run,
 ) -> dict[str, tuple[store_lib.Store, np.ndarray]]:
   """"train" and, if there is held-out data, "eval": (store, its rows)."""
+  if "preference" in run.stores:
+    return run.stores["preference"]
   options = run.config["data"]
   online = run.config["online"]  # the records' completions may tie, or lack
   sampled = online["enabled"] and online["preferred"] == "score" and (
@@ -49,7 +52,28 @@ def open_preference_stores(
   if options["preferred"] == "index" and not online["enabled"]:
     for row in rows:  # a record that names none is refused before training
       packing.order_candidates(data.candidate_set(int(row)), preferred="index")
-  return {"train": (data, rows)} | ({} if held is None else {"eval": held})
+  run.stores["preference"] = {"train": (data, rows)} | (
+      {} if held is None else {"eval": held})
+  return run.stores["preference"]
+
+
+def check_data(run: setup.Run) -> None:
+  """Reads what all stages to come will read: a bad row is told now, not when
+  the stage before has trained for hours.
+
+  Raises:
+    DataError or an ErrorGroup of them; ConfigError, see `check_pools`.
+  """
+  config = run.config
+  for stage in config["stages"]:
+    if stage not in ("sft", "reward_model", "preference") or (
+        results.read_result(run, stage) is not None):
+      continue
+    if stage == "preference":
+      check_pools(config, open_preference_stores(run))
+    else:
+      setup.open_store(run, config[stage]["data_path"],
+                       config[stage]["data_format"], name=stage)
 
 
 def open_eval_store(run: setup.Run) -> store_lib.Store | None:
@@ -69,6 +93,8 @@ def check_pools(config, stores) -> None:
       data.score_range, it is no win rate.
     ConfigError: config.range, no set has candidates enough for the chains.
   """
+  if config["online"]["enabled"]:  # what is trained on is sampled, not read
+    stores = {name: x for name, x in stores.items() if name != "train"}
   name, kernel = config["objective"]["name"], config["kernel"]
   win_rates = config["objective"].get("form") == "win_rate"
   scores = objective_names.find_objective(name).scores or win_rates

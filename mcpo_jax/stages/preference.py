@@ -41,7 +41,6 @@ def run_preference(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
       [config["online"]["num_candidates"]] if online else []))
   stage = setup.stage_of(
       config, len(rows), supervised=False, num_slots=num_slots)
-  pools.check_pools(config, stores)
   if stage.corrected and not online:
     for store, used in stores.values():
       for row in used:

@@ -56,6 +56,7 @@ class Run(NamedTuple):
   mesh: jax.sharding.Mesh
   model_dir: pathlib.Path | None  # of the given weights, None: from scratch
   tokenizer: tokenizer_lib.Tokenizer
+  stores: dict[Any, Any]  # what was read, so that all stages see the same
   # Of online rounds, None: the mesh samples too.
   sampler_mesh: jax.sharding.Mesh | None = None
   profile: bool = False  # whether stages write a trace
@@ -112,8 +113,8 @@ def open_run(
       "the config", lambda: store_config(config, workdir))
   launches.record(workdir)
   return Run(config, workdir, cache, mesh, model_dir,
-             open_tokenizer(config, workdir, model_dir), sampler_mesh, profile,
-             run_id)
+             open_tokenizer(config, workdir, model_dir), {}, sampler_mesh,
+             profile, run_id)
 
 
 def keep_programs(cache: pathlib.Path) -> None:
@@ -362,10 +363,14 @@ def open_store(
 ) -> store_lib.Store:
   """The tokenised rows of a path's sources, made once and kept in the cache.
 
+  They are read once in a run: a file that changes meanwhile changes nothing.
+
   Bad rows that were set aside are listed in quarantine_<name>.jsonl. With
   `prompts_only` a row may be a prompt and nothing else.
   """
-  data = run.config["data"]
+  data, key = run.config["data"], (path, format, name, prompts_only)
+  if key in run.stores:
+    return run.stores[key]
   with watch.phase("work", f"the data of {name}"), hosts.first_goes_ahead(
       f"the data of {name}"):
     store = store_lib.build_store(
@@ -382,6 +387,7 @@ def open_store(
         prompts_only=prompts_only, cache_dir=run.cache / "data")
   hosts.check_same("hosts.data", f"the data of {name}", {path: store.key},
                    hint="give all of them the same files")
+  run.stores[key] = store
   return store
 
 
