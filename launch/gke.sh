@@ -7,7 +7,8 @@
 # IMAGE is built of launch/Dockerfile with EXTRA=tpu; CLAIM is a volume claim
 # that all pods mount at /runs. Environment: SLICES (1), CHIPS of a host (4).
 # A preempted or crashed run starts again as a whole and goes on from its last
-# checkpoint; an error of the user's (exit codes 2 to 5) ends it.
+# checkpoint; an error of the user's (exit codes 2 to 5), or a loss that is not
+# finite (8), ends it.
 set -euo pipefail
 : "${NAME:?the name of the job}"
 : "${IMAGE:?the image, built of launch/Dockerfile with EXTRA=tpu}"
@@ -52,7 +53,7 @@ spec:
           - action: FailJob
             onExitCodes:
               operator: In
-              values: [2, 3, 4, 5]
+              values: [2, 3, 4, 5, 8]
         template:
           spec:
             restartPolicy: Never

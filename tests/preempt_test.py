@@ -138,12 +138,16 @@ def test_the_word_of_a_supervisor_is_no_second_signal(hang):
   assert "not done after 1 s; what was saved before stands" in said
 
 
-def test_an_evaluation_that_was_left_is_made_on_resume(tmp_path, monkeypatch):
+def test_metrics_have_no_gap_and_no_double_after_a_stop_and_a_crash(
+    tmp_path, monkeypatch):
+  """Stopped in the evaluation at 2, which is then made; crashed after 3."""
   stage = cases.stage("sft", strategy="none", num_steps=4)
   rng = np.random.default_rng(0)
   batch = cases.host_batch(
       [cases.candidate_set(rng, i, 1) for i in range(5)], 1)
   model, looked = cases.make_model(), []
+  monkeypatch.setattr(loop.estimator, "compare_gradients",
+                      lambda *args: {"estimator/bias": 0.5})
 
   def evaluate(functions, state):
     looked.append(int(state.step))
@@ -152,21 +156,29 @@ def test_an_evaluation_that_was_left_is_made_on_resume(tmp_path, monkeypatch):
       preempt.check()
     return {"eval/loss": 1.0, "eval/accuracy": looked[-1] / 4}
 
+  def show(step, batch, metrics):
+    if looked == [0, 2, 2] and step == 3:
+      raise RuntimeError("a crash")
+
   def train():
     return loop.train(
         stage, model, lambda step: batch, lambda: cases.init(model), tmp_path,
         metrics.Writer(tmp_path), loop.Schedule(
             log_every=1, save_every=100, keep=2, evaluate_every=2,
-            patience=None, keep_best=True), meta={}, evaluate=evaluate)[1]
+            patience=None, keep_best=True, estimate_every=1), meta={},
+        evaluate=evaluate, show=show)[1]
 
   with pytest.raises(errors.Preempted, match="saved at step 2"):
     train()
   monkeypatch.setattr(preempt, "_asked", None)
+  with pytest.raises(RuntimeError, match="a crash"):
+    train()
   assert train() == 4
-  assert looked == [0, 2, 2, 4]
+  assert looked == [0, 2, 2, 2, 4]
   rows = run_cases.metrics(tmp_path)
-  assert [r["step"] for r in rows if "eval/loss" in r] == [0, 2, 4]
-  assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
+  for name, steps in (("eval/loss", [0, 2, 4]), ("loss", [1, 2, 3, 4]),
+                      ("estimator/bias", [1, 2, 3, 4])):
+    assert [r["step"] for r in rows if name in r] == steps, name
 
 
 def test_turns_of_processes_that_are_told_one_after_the_other(monkeypatch):

@@ -28,21 +28,24 @@ def run(body, call, **limits):
       capture_output=True, text=True, timeout=100)
 
 
-@pytest.mark.parametrize("call, limits, kind, what", [
-    (IN_PHASE, {"step_seconds": 0.5}, "step", "sft: update 3"),
+@pytest.mark.parametrize("call, limits, key, what", [
+    (IN_PHASE, {"step_seconds": 0.5}, "watchdog.step", "sft: update 3"),
+    (IN_PHASE.replace('"step"', '"save"'), {"save_seconds": 0.5},
+     "checkpoint.timeout", "sft: update 3"),
     # Not told of by any phase, and after one that has ended.
     (f"{IN_PHASE.replace('stuck_here()', 'pass')}\nstuck_here()",
-     {"step_seconds": 0.5, "work_seconds": 1.5}, "work", "what is in no phase"),
+     {"step_seconds": 0.5, "work_seconds": 1.5}, "watchdog.work",
+     "what is in no phase"),
 ])
 def test_what_hangs_ends_with_its_phase_and_its_stack(
-    call, limits, kind, what):
+    call, limits, key, what):
   began = time.monotonic()
   done = run("time.sleep(600)", call, **limits)
   assert done.returncode == 6 and not done.stdout
   assert time.monotonic() - began < 30
   assert "error[run.hangs]: process 0 hangs" in done.stderr
   assert f"({what})" in done.stderr
-  assert f"watchdog.{kind}_seconds" in done.stderr
+  assert f"{key}_seconds" in done.stderr
   assert "in stuck_here" in done.stderr
 
 
