@@ -81,6 +81,9 @@ class Writer:
         "logprobs": self._logprobs(event) if ask.logprobs else None}
     if not ask.chat:
       choice["text"] = event.text
+      if ask.echo:
+        choice["text"] = self._tokenizer.decode(
+            ask.prompts[event.prompt]) + event.text
     elif ask.stream:
       role = {"role": "assistant"} if begins else {}
       choice["delta"] = role | {"content": event.text}
@@ -95,12 +98,29 @@ class Writer:
   def _logprobs(self, event: Event) -> dict[str, Any]:
     tokens = [self._tokenizer.decode([token]) for token in event.tokens]
     if not self._ask.chat:
-      return {"tokens": tokens, "token_logprobs": event.logps,
+      told = {"tokens": tokens, "token_logprobs": event.logps,
               "raw_logprobs": event.raw_logps, "top_logprobs": None}
+      return self._with_prompt(told, event) if event.scored else told
     return {"content": [
         {"token": token, "logprob": logp, "raw_logprob": raw, "bytes": None,
          "top_logprobs": []}
         for token, logp, raw in zip(tokens, event.logps, event.raw_logps)]}
+
+  def _with_prompt(
+      self, told: dict[str, Any], event: Event
+  ) -> dict[str, Any]:
+    """The same of the prompt's tokens too, and the likeliest in the place of
+    each; nothing is known of the first."""
+    name = lambda token: self._tokenizer.decode([token])
+    logps, best_logps, best = (x.tolist() for x in event.scored)
+    prompt = self._ask.prompts[event.prompt]
+    return {
+        "tokens": [*map(name, prompt), *told["tokens"]],
+        "token_logprobs": [None, *logps, *told["token_logprobs"]],
+        "raw_logprobs": [None, *logps, *told["raw_logprobs"]],
+        "top_logprobs": [
+            None, *({name(token): logp} for token, logp in zip(
+                best, best_logps)), *[None] * len(told["tokens"])]}
 
   def _usage(self) -> dict[str, int]:
     prompt = sum(map(len, self._ask.prompts))

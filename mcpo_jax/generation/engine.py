@@ -61,6 +61,14 @@ class Progress(NamedTuple):
   version: int  # of the weights that wrote it, all of it
 
 
+class Scored(NamedTuple):
+  """A prompt's own tokens, of P the last P - 1, each after those before it."""
+
+  logps: np.ndarray  # [P - 1] nats, of the raw policy
+  best_logps: np.ndarray  # [P - 1] nats, of the likeliest token there
+  best_tokens: np.ndarray  # [P - 1] int32, that token
+
+
 class _Job:
   """A request and how far it is."""
 
@@ -85,6 +93,7 @@ class Engine:
     max_tokens tokens in every slot, fewer when slots ended that someone waits
     for. NonFiniteError `generation.non_finite`: the model gave NaN or
     infinity; no sample of that step is told, and all requests are dropped.
+  score(prompts) -> list[Scored]: at once, whatever is under way.
   idle -> bool, num_active -> int (samples), num_waiting -> int (samples).
   """
 
@@ -232,6 +241,34 @@ class Engine:
     for place in zip(*np.nonzero(drawn.ended)):
       self._free(tuple(map(int, place)))
     return told
+
+  def score(self, prompts: Sequence[np.ndarray]) -> list[Scored]:
+    """What the first model says of the tokens of prompts.
+
+    Raises:
+      NonFiniteError: `generation.non_finite`.
+    """
+    out = []
+    for first in range(0, len(prompts), self._parts):
+      some = prompts[first : first + self._parts]
+      width = decoder.PAGE * _rung(num_pages(max(map(len, some))), 2)
+      tokens = np.zeros((self._parts, width), np.int32)
+      lengths = np.zeros(self._parts, np.int32)
+      for part, ids in enumerate(some):
+        tokens[part, : len(ids)], lengths[part] = ids, len(ids)
+      with self._context():
+        told = self._kernels.score(
+            self._models[0], *self._put((tokens, lengths)))
+      told = [np.asarray(x) for x in told]
+      for part, ids in enumerate(some):
+        one = Scored(*(x[part, 1 : len(ids)] for x in told))
+        if not np.isfinite(one.logps).all():
+          raise errors.NonFiniteError(
+              "generation.non_finite",
+              "the model gave log-probabilities that are not finite",
+              where=f"weights of version {self._version}")
+        out.append(one)
+    return out
 
   # --- who sits where ---------------------------------------------------------
 

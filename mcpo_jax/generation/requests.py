@@ -46,6 +46,7 @@ class Ask(NamedTuple):
   include_usage: bool  # in a last event of the stream
   logprobs: bool
   return_token_ids: bool
+  echo: bool  # tell the prompt too, and its tokens' log-probs if any
 
   @property
   def num_samples(self) -> int:
@@ -158,6 +159,7 @@ _FIELDS = {
         "logprobs": _Field(
             lambda v: isinstance(v, bool) or _is_whole(v) and 0 <= v <= 1,
             "0 or 1: of the tokens that were drawn"),
+        "echo": _FLAG,
     },
     True: _COMMON | {
         "messages": _Field(
@@ -270,7 +272,9 @@ def parse(
   if count > limits.max_samples:
     raise refuse("n", "more samples than the server takes at a time",
                  got=count, want=f"at most {limits.max_samples}")
-  logprobs = given.get("logprobs", False)
+  logprobs, echo = given.get("logprobs", False), given.get("echo", False)
+  if echo and given.get("stream"):
+    raise refuse("echo", "an answer that tells the prompt comes whole")
   return Ask(
       prompts=prompts,
       prompt_ids=_prompt_ids(given, prompts),
@@ -283,6 +287,7 @@ def parse(
       include_usage=given.get("stream_options", {}).get("include_usage", False),
       logprobs=logprobs is not False,
       return_token_ids=given.get("return_token_ids", False),
+      echo=echo,
   )
 
 

@@ -82,12 +82,15 @@ class Kernels(NamedTuple):
     max_tokens []) -> (Memory, Drawn). clock counts the steps of all calls. A
     slot has at most C tokens when it ends. Compiled once per shape of the
     memory.
+  score(params, tokens [F, P], lengths [F]) -> see decoder.prompt_logps.
+    Compiled once per P.
   """
 
   init: Callable[..., Memory]
   grow: Callable[..., Memory]
   prefill: Callable[..., Memory]
   decode: Callable[..., tuple[Memory, Drawn]]
+  score: Callable[..., tuple[Array, Array, Array]]
 
 
 @functools.cache
@@ -310,6 +313,10 @@ def make_kernels(
     )
     return pinned(carry[2]), carry[4]
 
+  def score(params, tokens, lengths):
+    return decoder.prompt_logps(
+        params, config, tokens, lengths, compute_dtype=compute_dtype)
+
   # What the host reads is whole on every device.
   drawn = None if mesh is None else (None, sharding.replicated(mesh))
   return Kernels(
@@ -317,4 +324,5 @@ def make_kernels(
       grow=jax.jit(grow, static_argnums=(1, 2)),
       prefill=jax.jit(prefill, donate_argnums=1),
       decode=jax.jit(decode, donate_argnums=2, out_shardings=drawn),
+      score=jax.jit(score, out_shardings=drawn and drawn[1]),
   )

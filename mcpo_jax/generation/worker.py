@@ -36,6 +36,7 @@ class Event(NamedTuple):
   finish_reason: str | None
   version: int
   sha256: str  # of the weights
+  scored: engine_lib.Scored | None = None  # the prompt, where it is told too
 
 
 class Weights(NamedTuple):
@@ -54,6 +55,7 @@ class Job:
     self.ask, self.tell = ask, tell
     self.running: dict[tuple[int, int], TextStream] = {}  # by request, sample
     self.requests: dict[int, int] = {}  # id -> place in ask.prompts
+    self.scored: list[engine_lib.Scored] = []  # of each prompt, if asked for
     self.over = False
 
 
@@ -225,6 +227,8 @@ class Worker:
       except errors.ServiceError as e:
         self._end(job, e)
         return
+    if ask.echo and ask.logprobs:
+      job.scored = self._engine.score(ask.prompts)
 
   def _tell(self, news: list[engine_lib.Progress]) -> None:
     events: dict[Job, list[Event]] = collections.defaultdict(list)
@@ -255,7 +259,8 @@ class Worker:
         job.requests[one.request_id], one.sample, text, tokens.tolist(),
         np.asarray(one.behaviour_logps)[:count].tolist(),
         np.asarray(one.behaviour_raw_logps)[:count].tolist(), reason,
-        one.version, self.sha256)
+        one.version, self.sha256,
+        job.scored[job.requests[one.request_id]] if job.scored else None)
 
   def _cancel(self, job: Job, error: Exception | None = None) -> None:
     if job.over:

@@ -474,16 +474,9 @@ def prefill(
   Returns:
     The cache.
   """
-  parts, width = tokens.shape
-  positions = jnp.broadcast_to(jnp.arange(width)[None], (parts, width))
-  slots = spans.Slots(
-      positions=positions,
-      prompt=jnp.where(positions < lengths[:, None], 0, -1),
-      candidate=jnp.full((parts, width), -1),
-  )
-  x = _embed(params, config, tokens, cache.own_keys[0].dtype)
-  attend = _stream_attention(config, slots, keep=True)
-  _, _, kept, _ = _run_layers(params, config, x, positions, attend, (), "none")
+  parts = len(tokens)
+  _, kept = _run_prompts(
+      params, config, tokens, lengths, cache.own_keys[0].dtype, keep=True)
 
   def store(whole, new, *axes):
     new = new.reshape(parts, -1, PAGE, *new.shape[2:]).transpose(0, 1, *axes)
@@ -499,6 +492,71 @@ def prefill(
           for of_layer in zip(cache.page_values, values)
       ),
   )
+
+
+def prompt_logps(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    compute_dtype: Any = jnp.float32,
+    head_chunk: int = 256,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What the model says of the tokens of prompts, each after those before it.
+
+  Args:
+    params: from unstack_layers.
+    config: static.
+    tokens: [F, P] int32, padded on the right.
+    lengths: [F] int32, tokens of each prompt; 0 for none.
+    compute_dtype: of products and activations.
+    head_chunk: tokens of a prompt whose logits exist at once.
+
+  Returns:
+    [F, P] nats of each token, [F, P] nats of the likeliest in its place, and
+    [F, P] int32 which that is; of no meaning at the first token and on padding.
+  """
+  hidden, _ = _run_prompts(
+      params, config, tokens, lengths, compute_dtype, keep=False)
+  parts, width = tokens.shape
+  chunk = min(head_chunk, width)
+  pad = -width % chunk
+
+  def cut(x):  # [F, P, ...] -> [chunks, F, chunk, ...]
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(
+        x.reshape(parts, -1, chunk, *x.shape[2:]), 1, 0)
+
+  def look(part):
+    states, following = part
+    logits = head_logits(params, config, states)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, following[..., None], axis=-1)[..., 0]
+    best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    return picked - log_z, jnp.max(logits, axis=-1) - log_z, best
+
+  out = jax.lax.map(look, (cut(hidden), cut(jnp.roll(tokens, -1, axis=1))))
+  # The law after a token is of the next one.
+  return tuple(
+      jnp.roll(jnp.moveaxis(x, 0, 1).reshape(parts, -1)[:, :width], 1, axis=1)
+      for x in out)
+
+
+def _run_prompts(params, config, tokens, lengths, dtype, *, keep):
+  """Hidden states [F, P, D] of prompts, and with keep the keys and values of
+  every layer."""
+  positions = jnp.broadcast_to(
+      jnp.arange(tokens.shape[1])[None], tokens.shape)
+  slots = spans.Slots(
+      positions=positions,
+      prompt=jnp.where(positions < lengths[:, None], 0, -1),
+      candidate=jnp.full(tokens.shape, -1),
+  )
+  x = _embed(params, config, tokens, dtype)
+  attend = _stream_attention(config, slots, keep=keep)
+  x, _, kept, _ = _run_layers(params, config, x, positions, attend, (), "none")
+  return x, kept
 
 
 def decode_step(
