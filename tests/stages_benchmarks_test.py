@@ -34,7 +34,8 @@ class Service:
     return types.SimpleNamespace(
         text=[[f"<{len(t)}>"] for t in texts],
         mask=np.arange(9)[None, None] < lengths[:, None, None],
-        finish_reason=[["length" if "long" in t else "stop"] for t in texts])
+        finish_reason=[["length" if "long" in t.split("u:")[-1] else "stop"]
+                       for t in texts])
 
 
 def make_model(positions=60):
@@ -59,13 +60,13 @@ for name in ("max_new_tokens", "stop_ids"):
 def test_later_turns_see_the_answers_before():
   service = Service()
   said = benchmarks.answer_part(service, make_model(), [
-      question(1, "one", "two"), question(2, "long?", category="writing"),
+      question(1, "one", "two"), question(2, "longer", category="writing"),
       question(3, "x", category="other")], BUNDLE)
   assert [text for text, _, _ in service.asked] == [
-      "u:one|", "u:long?|", "u:x|", "u:one|a:<6>|u:two|"]
-  assert [a.turns for a in said] == [("<6>", "<18>"), ("<8>",), ("<4>",)]
+      "u:one|", "u:longer|", "u:x|", "u:one|a:<6>|u:two|"]
+  assert [a.turns for a in said] == [("<6>", "<18>"), ("<9>",), ("<4>",)]
   assert [a.cut for a in said] == [False, True, False]
-  assert [a.num_tokens for a in said] == [18 % 5 + 1, 8 % 5 + 1, 4 % 5 + 1]
+  assert [a.num_tokens for a in said] == [18 % 5 + 1, 9 % 5 + 1, 4 % 5 + 1]
   laws = [law for _, law, _ in service.asked]
   assert [law.temperature for law in laws] == [0.0, 0.75, 0.25, 0.0]
   assert {law.stop for law in laws} == {("###",)}
@@ -75,6 +76,12 @@ def test_later_turns_see_the_answers_before():
   benchmarks.answer_part(
       shorter, make_model(27), [question(1, "one", "two")], BUNDLE)
   assert [law.max_new_tokens for _, law, _ in shorter.asked] == [21, 9]
+
+
+def test_an_answer_is_cut_if_one_of_its_turns_is():
+  [said] = benchmarks.answer_part(
+      Service(), make_model(), [question(1, "longer", "two")], BUNDLE)
+  assert said.cut
 
 
 def test_draws_belong_to_a_question_and_a_turn_wherever_it_stands():
