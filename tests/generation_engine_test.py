@@ -114,12 +114,12 @@ def test_few_programs_are_compiled(monkeypatch):
   kernels = engine._kernels
   count = lambda: [f._cache_size() for f in kernels]
   run(engine, [request(0)])
-  assert count() == [1, 0, 1, 1]
+  assert count() == [1, 0, 1, 1, 0]
   for i, kw in enumerate(MIXED[2:4]):
     run(engine, [request(i, **kw)])
   engine.update(((params_of(1), 1.0),), 4)
   run(engine, [request(0, samples=2), request(1, length=64, samples=2)])
-  assert count() == [1, 0, 1, 1]
+  assert count() == [1, 0, 1, 1, 0]
   rng = np.random.default_rng(0)
   for _ in range(20):
     run(engine, [
@@ -130,6 +130,8 @@ def test_few_programs_are_compiled(monkeypatch):
   # Groups of 1, 2 or 4 slots, by one or two numbers of pages; prompts of 1, 2
   # or 3 pages.
   assert count()[3] <= 4 and count()[2] <= 3 * count()[3] and count()[1] <= 2
+  engine.score([np.arange(5), np.arange(2, 60), np.arange(3, 70)])
+  assert count()[4] == 2  # of one page and of two
 
 
 def test_a_slot_that_ends_goes_to_the_next_sample():
