@@ -143,6 +143,21 @@ def test_logps_are_those_of_the_scorer(dtype, bound):
   assert (np.abs(differs)[other.mask] > 1e-3).all()
 
 
+def test_in_bfloat16_few_tokens_are_another_ones_by_a_tenth():
+  """Sampler over scorer, of the probability of each token drawn."""
+  ratios = []
+  for seed in range(3):
+    params, prompts = params_of(seed, "bfloat16"), prompts_of(seed)
+    out = run(params, prompts, dtype="bfloat16", seed=seed)
+    streams = streams_of(prompts, out)
+    want = np.asarray(scorer("bfloat16")(params, streams)[0], np.float32)
+    got = out.behaviour_raw_logps[:, 0][out.mask[:, 0]]
+    ratios.append(np.exp(got - want[streams.completion_mask]))
+  ratios = np.concatenate(ratios)
+  assert len(ratios) > 50 and (ratios != 1).any()
+  assert ((ratios < 0.9) | (ratios > 1.1)).mean() <= 0.01
+
+
 def test_nothing_but_pad_after_a_stop_token():
   found = set()
   for seed in range(4):
