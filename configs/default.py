@@ -551,8 +551,8 @@ def get_config() -> ml_collections.ConfigDict:
   # models. None: not judged yet.
   benchmark.judgments_path = config_dict.placeholder(str)
   # Answers of the baseline that its judge compared with, as the benchmark ships
-  # them: for win rates at equal lengths where judgments do not hold both texts
-  # (Arena-Hard, MT-Bench). None: without.
+  # them, or a pattern for several: for win rates at equal lengths where
+  # judgments do not hold both texts (Arena-Hard, MT-Bench). None: without.
   benchmark.baseline_path = config_dict.placeholder(str)
   # Of the answers. None: generation.temperature, for mt_bench its own of each
   # category.

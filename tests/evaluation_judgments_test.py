@@ -80,7 +80,8 @@ def test_arena_hard_by_hand(tmp_path):
   assert got["lc_win_rate"] is None  # judgments do not hold the texts
   kind, verdicts, _ = judgments.read("arena_hard_v2.0", path, ["m"], SAID)
   base = {f"q{i}": ("z" * i,) for i in range(5)}
-  longer = judgments.with_baseline(verdicts["m"], SAID["m"], base)
+  longer = judgments.with_baseline(
+      verdicts["m"], SAID["m"], {"other": {}, "base": base})
   assert [v.lengths for v in longer] == [(4, 0), (5, 1), (6, 2)]
   both = judgments.summarize(
       kind, longer, dict.fromkeys(base, "c"), seed=0)
@@ -88,9 +89,10 @@ def test_arena_hard_by_hand(tmp_path):
   # All are longer by 4, so nothing is said of length: of questions, not games.
   assert both["lc_win_rate"].mean == pytest.approx(
       np.mean([1.0, 0.25, 0.0]), abs=1e-3)
-  with pytest.raises(errors.DataError) as e:
-    judgments.with_baseline(verdicts["m"], SAID["m"], {})
-  assert e.value.slug == "benchmark.mismatch"
+  for others in ({"base": {}}, {"another": base}):
+    with pytest.raises(errors.DataError) as e:
+      judgments.with_baseline(verdicts["m"], SAID["m"], others)
+    assert e.value.slug == "benchmark.mismatch"
 
 
 def rating(question, turn, score, model="m"):

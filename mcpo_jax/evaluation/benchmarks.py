@@ -54,7 +54,8 @@ BENCHMARKS = {
         "arena-hard-auto, arena-hard-v0.1 against gpt-4-0314", 500,
         {"uid": str, "category": str, "prompt": str}, "uid"),
     "arena_hard_v2.0": Benchmark(
-        "arena-hard-auto, arena-hard-v2.0 against o3-mini-2025-01-31", 750,
+        "arena-hard-auto, arena-hard-v2.0 against o3-mini-2025-01-31, in "
+        "creative writing gemini-2.0-flash-001", 750,
         {"uid": str, "category": str, "prompt": str}, "uid"),
     "mt_bench": Benchmark(
         "fschat==0.2.36, llm_judge", 80,

@@ -38,6 +38,7 @@ class Verdict(NamedTuple):
   weight: float
   lengths: tuple[int, int] | None  # characters of answer, baseline's answer
   judge: str
+  baseline: str = ""  # the other answer's generator, where the file says it
 
 
 def read(
@@ -155,9 +156,15 @@ def summarize(
 def with_baseline(
     verdicts: Sequence[Verdict],
     answers: Mapping[str | int, tuple[str, ...]],
-    baseline: Mapping[str | int, tuple[str, ...]],
+    baselines: Mapping[str, Mapping[str | int, tuple[str, ...]]],
 ) -> list[Verdict]:
   """The verdicts with the lengths of both answers, of files that hold neither.
+
+  Args:
+    verdicts: of one model.
+    answers: its own, question -> turns.
+    baselines: generator -> question -> turns. A judge may compare with one
+      model in one category and with another in the next.
 
   Raises:
     DataError: benchmark.mismatch, the baseline has no answer to a question.
@@ -165,12 +172,14 @@ def with_baseline(
   size = lambda turns: sum(map(len, turns))
   out = []
   for verdict in verdicts:
-    if verdict.key not in baseline:
+    name = verdict.baseline or next(iter(baselines))
+    if verdict.key not in baselines.get(name, {}):
       raise errors.DataError(
           "benchmark.mismatch", "the baseline has no answer to a question",
-          where="benchmark.baseline_path", got=str(verdict.key)[:80])
+          where="benchmark.baseline_path", got=f"{name}, {verdict.key}"[:80],
+          want=f"a file of {name}'s answers")
     out.append(verdict._replace(lengths=(
-        size(answers[verdict.key]), size(baseline[verdict.key]))))
+        size(answers[verdict.key]), size(baselines[name][verdict.key]))))
   return out
 
 
@@ -218,7 +227,8 @@ def _arena_hard(row, where):
     weight = float(a + b)
     value = (a * (1.0 - first) + b * second) / weight
   yield row["model"], Verdict(
-      row["uid"], value, weight, None, str(row.get("judge", ""))), None, ""
+      row["uid"], value, weight, None, str(row.get("judge", "")),
+      str(row.get("baseline", ""))), None, ""
 
 
 def _mt_bench_single(row, where):
@@ -257,5 +267,5 @@ def _mt_bench_pair(row, where):
       (row["model_1"], first, row["model_2"]),
       (row["model_2"], 1.0 - first, row["model_1"])):
     yield generator, Verdict(
-        row["question_id"], value, 1.0, None, judge), None, (
+        row["question_id"], value, 1.0, None, judge, other), None, (
             row["turn"], other)

@@ -305,16 +305,17 @@ def _judged(run, questions, said) -> Callable[[str], dict[str, Any]]:
   options = run.config["benchmark"]
   kind, verdicts, skipped = judgments.read(
       options["name"], options["judgments_path"], list(said), said)
-  baseline = None
+  baselines = {}
   if options["baseline_path"]:
-    _, baseline = benchmarks.read_answers(
-        options["name"], options["baseline_path"])
+    baselines = dict(
+        benchmarks.read_answers(options["name"], str(file))
+        for file in files.expand(options["baseline_path"]))
   categories = {question.key: question.category for question in questions}
 
   def summarize(generator):
     mine = verdicts.get(generator, [])
-    if baseline is not None:
-      mine = judgments.with_baseline(mine, said[generator], baseline)
+    if baselines and kind == "win_rate":
+      mine = judgments.with_baseline(mine, said[generator], baselines)
     return judgments.summarize(
         kind, mine, categories, seed=run.config["seed"]) | {
             "num_skipped": skipped[generator]}

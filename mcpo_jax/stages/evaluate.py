@@ -262,8 +262,10 @@ def _encoded(
     prompts: samples.PromptSet, model: Contender
 ) -> samples.PromptSet:
   """The same prompts in the ids of another tokenizer."""
+  tools = prompts.columns.get("tools") or [None] * len(prompts.prompts)
   return prompts._replace(tokens=[
-      model.run.tokenizer.encode_prompt(prompt) for prompt in prompts.prompts])
+      model.run.tokenizer.encode_prompt(prompt, tools=of)
+      for prompt, of in zip(prompts.prompts, tools)])
 
 
 class KL:
