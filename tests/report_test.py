@@ -234,6 +234,8 @@ def test_several_runs_open_with_what_differs(tmp_path):
     ("evaluate/samples.json", "{", "evaluate/samples.json is damaged"),
     ("evaluate/evaluation.json", '{"version": 0}', "of another version"),
     ("preference/candidates.jsonl", '{"step": 1}\n', "that are no sets: 1"),
+    ("preference/non_finite.jsonl", '{"step": 3}\n{"step": 3}\n',
+     "preference: updates whose loss or gradient was not finite: 1, at step 3"),
     ("launches.jsonl", '{"time": "noon"}\n', None),
     ("preference/samples.jsonl", '{"step": "x"}\n', None),
 ])

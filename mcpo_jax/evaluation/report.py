@@ -8,6 +8,7 @@ reads
                                      them
   metrics.jsonl, launches.jsonl      curves; time, devices and versions
   STAGE/result.json, manifest.json   whether a stage has finished
+  STAGE/non_finite.jsonl             sets of updates that were not made
   evaluate/evaluation.json           models side by side, as `tables` has it
   evaluate/samples.json              completions before and after
   preference/samples.jsonl           the same while it was training
@@ -182,6 +183,11 @@ def _read_run(folder: pathlib.Path, name: str, num_runs: int) -> Run:
     notes.append("there is no config of the run")
   if not curves:
     notes.append("there are no metrics yet")
+  for path in sorted(folder.glob("*/non_finite.jsonl")):
+    steps = dict.fromkeys(
+        str(row.get("step")) for row in _read_lines(path, notes))
+    notes.append(f"{path.parent.name}: updates whose loss or gradient was not "
+                 f"finite: {len(steps)}, at step {', '.join([*steps][:8])}")
   samples = {
       str(law).strip("/"): rows for law, rows in _read_json(
           folder / "evaluate/samples.json", notes).items()
