@@ -157,7 +157,8 @@ def compare_models(
     raise errors.ConfigError(
         "config.range", "no model of the evaluation has this name",
         where="evaluation.baseline", got=baseline,
-        want=" | ".join(m.name for m in models))
+        want=" | ".join(m.name for m in models),
+        hint=errors.nearest(baseline, [m.name for m in models]))
   reward = sampling.load_reward(
       config, run.tokenizer, config["evaluation"]["reward"])
   if reward is None:
