@@ -9,6 +9,7 @@ hashes the pieces that it holds, and the first one decides which steps count
 and which go.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -103,7 +104,7 @@ class Checkpointer:
       self, folder: pathlib.Path, *, keep: int,
       timeout: float = TIMEOUT_SECONDS, finite: tuple[str, ...] = ("params",),
   ):
-    """Makes the folder, and removes what killed saves left.
+    """Makes the folder.
 
     Args:
       folder: of the steps; the caller is its only writer.
@@ -120,7 +121,7 @@ class Checkpointer:
     self._keep, self._timeout, self._finite = keep, timeout, finite
     self._protected: int | None = None
     self._save: _Save | None = None
-    self._given_up = False
+    self._failed = self._given_up = False  # a save; one that takes too long
     self._verified: set[int] = set()  # in the first process
     self._checks = 0
     hosts.from_first("checkpoints", self._prepare)
@@ -137,9 +138,6 @@ class Checkpointer:
       probe.unlink()
     except OSError as e:
       raise commit.storage_error(e, self._folder) from e
-    commit.sweep(self._folder)
-    for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-      shutil.rmtree(path, ignore_errors=True)
 
   def steps(self) -> list[int]:
     """Committed steps, ascending (their content not yet verified)."""
@@ -193,6 +191,7 @@ class Checkpointer:
       faults.point("ckpt.begin")
       self._manager.save(step, args=ocp.args.PyTreeSave(state), force=True)
     except Exception as e:
+      self._failed = True
       raise self._as_ours(e, save) from e
     self._save = save
     save.thread = threading.Thread(
@@ -218,6 +217,7 @@ class Checkpointer:
     if self._save is None:
       return
     save, self._save = self._save, None
+    self._failed = True
     while save.thread.is_alive() and save.error is None:
       save.thread.join(min(1.0, max(0.0, save.deadline - time.monotonic())))
       if save.thread.is_alive() and time.monotonic() > save.deadline:
@@ -230,6 +230,7 @@ class Checkpointer:
     if save.error is not None:
       raise self._as_ours(save.error, save) from save.error
     hosts.wait_for_first("a save")
+    self._failed = False
 
   def _as_ours(self, error: BaseException, save: _Save) -> errors.McpoError:
     if isinstance(error, errors.McpoError):
@@ -269,7 +270,20 @@ class Checkpointer:
       save.phase = "removing old steps"
       self._retain()
     except BaseException as e:  # told in the main thread
+      with contextlib.suppress(Exception):
+        self._discard(save)
       save.error = e
+
+  def _discard(self, save: _Save) -> None:
+    """Leaves nothing of a save that has failed."""
+    with contextlib.suppress(Exception):
+      self._manager.wait_until_finished()
+    for path in self._folder.glob(f"{save.step}*"):
+      name = path.name.removeprefix(str(save.step))
+      if hosts.is_first() and (
+          name.startswith(".orbax-checkpoint-tmp")
+          or not name and not (path / commit.MANIFEST).exists()):
+        shutil.rmtree(path, ignore_errors=True)
 
   def _check_finite(self, save: _Save) -> None:
     for name, shards in save.shards.items():
@@ -350,16 +364,19 @@ class Checkpointer:
     return None
 
   def _clear_above(self, step: int) -> None:
-    """Orbax writes no step over one that is there."""
+    """Has what is newer, and what killed saves left, go out of the way."""
 
     def clear():
+      commit.sweep(self._folder)
+      for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(path, ignore_errors=True)
       for other in self._all():
         folder = self._step_folder(other)
         if other > step and (folder / commit.MANIFEST).exists():
           aside = folder.with_name(f"{other}.damaged")
           shutil.rmtree(aside, ignore_errors=True)
           folder.rename(aside)
-        elif other > step:
+        elif other > step:  # orbax writes no step over one that is there
           shutil.rmtree(folder)
 
     hosts.from_first("checkpoints", clear)
@@ -470,9 +487,11 @@ class Checkpointer:
 
   def close(self) -> None:
     """Commits what is under way."""
-    if not self._given_up:  # else it would wait on
-      self._finish()
-      self._manager.close()
+    self._finish()
+    if self._given_up:  # else it would wait on
+      return
+    with contextlib.suppress(*([Exception] if self._failed else [])):
+      self._manager.close()  # it tells again what was told
 
 
 def steps(folder: pathlib.Path) -> list[int]:

@@ -7,6 +7,7 @@ the others, which wait for it with `hosts`.
 """
 
 import concurrent.futures
+import contextlib
 import datetime
 import errno
 import fcntl
@@ -103,8 +104,13 @@ def free_bytes(path: pathlib.Path) -> int:
   return shutil.disk_usage(path).free
 
 
-def write_file(path: pathlib.Path, text: str) -> None:
+def write_file(path: pathlib.Path, text: str, *, point: str = "file") -> None:
   """Replaces a text file at once: a reader sees the old or the new one.
+
+  Args:
+    path: of the file.
+    text: all of it.
+    point: names its fault points.
 
   Raises:
     ResourceError: ckpt.disk_full, ckpt.path.
@@ -115,10 +121,27 @@ def write_file(path: pathlib.Path, text: str) -> None:
   try:
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
+    faults.point(f"{point}.rename")
     os.replace(temporary, path)
     sync(path.parent)
   except OSError as e:
     temporary.unlink(missing_ok=True)
+    raise storage_error(e, path, len(text)) from e
+
+
+def append(path: pathlib.Path, text: str) -> None:
+  """Adds text to the end of a file, all of it or nothing.
+
+  Raises:
+    ResourceError: ckpt.disk_full, ckpt.path.
+  """
+  size = path.stat().st_size if path.exists() else 0
+  try:
+    with open(path, "a", encoding="utf-8") as file:
+      file.write(text)
+  except OSError as e:
+    with contextlib.suppress(OSError):
+      os.truncate(path, size)
     raise storage_error(e, path, len(text)) from e
 
 
@@ -128,6 +151,8 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
       f".{path.name}.{os.getpid()}@{socket.gethostname()}."
       f"{uuid.uuid4().hex[:8]}.tmp")
 
+
+_known: set[tuple[pathlib.Path, int, int]] = set()  # folders that verified
 
 # --- the manifest -------------------------------------------------------------
 
@@ -152,7 +177,7 @@ def write_manifest(
     meta: whatever belongs to it, JSON.
     files: from `hash_files`; None: all are hashed here.
     leaves: of arrays, what lies in which files.
-    point: fault points are `<point>.manifest`, `<point>.rename`.
+    point: names its fault points.
   """
   if not hosts.is_first():
     return
@@ -164,7 +189,7 @@ def write_manifest(
   body = {"version": VERSION, "meta": meta, "files": files}
   if leaves is not None:
     body["leaves"] = leaves
-  write_file(folder / MANIFEST, _render(body))
+  write_file(folder / MANIFEST, _render(body), point=point)
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
@@ -243,6 +268,28 @@ def verify(
   return body["meta"]
 
 
+def verify_once(folder: pathlib.Path) -> None:
+  """Verifies a folder that somebody may have committed, unless this process
+  has done so since its manifest was written.
+
+  Raises:
+    CheckpointError: see `verify`.
+  """
+  try:
+    found = (folder / MANIFEST).stat()
+  except (FileNotFoundError, NotADirectoryError):
+    return  # from elsewhere: nothing is known of its content
+  known = folder.resolve(), found.st_ino, found.st_mtime_ns
+  if known in _known:
+    return
+  try:
+    verify(folder)
+  except errors.CheckpointError as e:
+    e.hint = e.hint or f"without its {MANIFEST} a folder is taken as it is"
+    raise
+  _known.add(known)
+
+
 def _check_names(folder, files, exact) -> None:
   """Names and links stay inside; with `exact` nothing else lies there."""
   root = folder.resolve()
@@ -293,10 +340,11 @@ def write_folder(
     faults.point(f"{point}.write")
     write(temporary)
     write_manifest(temporary, meta, point=point)
-    faults.point(f"{point}.rename")
+    faults.point(f"{point}.move")
     old = temporary.with_suffix(".old.tmp")
     if replace and folder.exists():
       os.rename(folder, old)
+      faults.point(f"{point}.moved")
     try:
       os.rename(temporary, folder)
     except OSError:

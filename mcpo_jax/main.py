@@ -296,10 +296,10 @@ def _report(command: CommandLine) -> None:
 
 
 def _worth_showing(record) -> bool:
-  """Orbax tells every step of a save; its warnings are enough."""
-  # It warns of every save that there is nothing to merge.
+  """Orbax tells every step of a save, and errors that `checkpoints` raises; its
+  warnings are enough, but one of every save that there is nothing to merge."""
   return "orbax" not in record.pathname or (
-      record.levelno >= 30 and "ocdbt_utils" not in record.pathname)
+      record.levelno == 30 and "ocdbt_utils" not in record.pathname)
 
 
 def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:

@@ -23,6 +23,7 @@ import unittest
 import unittest.mock
 from typing import Any
 
+import bad_checkpoints
 import bad_configs
 import jax
 import models_folders
@@ -481,6 +482,7 @@ TABLE = [
           "data.duplicate_id", "x.jsonl:2, prompt_id"),
     *models_folders.cases(Case),
     *bad_configs.ROWS,
+    *bad_checkpoints.ROWS,
     *MACHINERY,
 ]
 

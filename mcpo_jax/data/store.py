@@ -583,7 +583,7 @@ def build_store(
     try:
       pathlib.Path(quarantine_path).parent.mkdir(parents=True, exist_ok=True)
       commit.write_file(pathlib.Path(quarantine_path), listed)
-    except OSError as e:  # a full disk, say: no reason to stop
+    except (OSError, errors.ResourceError) as e:  # a full disk, say
       logging.warning("the quarantined rows are not listed: %s", e)
   return store
 

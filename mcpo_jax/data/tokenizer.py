@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors
 from mcpo_jax.data import templates
 from mcpo_jax.data.readers import Messages, Record
 
@@ -519,6 +519,7 @@ def load_tokenizer(
 
   Raises:
     ModelDirError: hf.tokenizer, hf.template.
+    CheckpointError: a folder that we wrote has changed, see `commit.verify`.
     ConfigError: config.range.
   """
   choices = {
@@ -534,6 +535,7 @@ def load_tokenizer(
           want=", ".join(allowed))
   import transformers
 
+  commit.verify_once(pathlib.Path(path))
   try:
     hf = transformers.AutoTokenizer.from_pretrained(
         str(path), revision=revision, trust_remote_code=False)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import safetensors
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -24,8 +24,12 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16",
 
 
 def read_json(folder: pathlib.Path, name: str, slug: str) -> dict[str, Any]:
-  """A JSON object of the folder; {} is never returned for a missing file."""
+  """A JSON object of the folder; {} is never returned for a missing file.
+
+  A folder with a manifest is verified when it is first read from.
+  """
   path = safe_path(folder, name)
+  commit.verify_once(folder)
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
@@ -126,6 +130,7 @@ class Shards:
       ModelDirError: `hf.unsafe_format`, `hf.shard_missing`, `hf.index`,
         `hf.safetensors`, `hf.dtype`, `hf.unsafe_path`.
     """
+    commit.verify_once(folder)
     self.folder, self._single = folder, single
     index = None
     if (folder / INDEX).exists():

@@ -4,8 +4,9 @@ import json
 from typing import Any
 
 import numpy as np
+from absl import logging
 
-from mcpo_jax import commit, hosts, objective_names, types, user_code
+from mcpo_jax import commit, errors, hosts, objective_names, types, user_code
 from mcpo_jax.evaluation import explorer, likelihood, preferences
 from mcpo_jax.generation.sampling import GREEDY
 from mcpo_jax.models import hf, lora, peft
@@ -115,8 +116,12 @@ def make_show(run, data, path):
         log_weights=metrics.get("kernel/log_weights"),
         selected=metrics["kernel/selected"],
         selected_mask=metrics["kernel/selected_mask"])
-    with open(path, "a") as file:
-      file.writelines(json.dumps(row) + "\n" for row in rows)
+    try:
+      commit.append(path, "".join(json.dumps(row) + "\n" for row in rows))
+    except errors.ResourceError as e:  # a full disk is no reason to stop
+      logging.log_first_n(
+          logging.WARNING, "candidates.jsonl lacks steps from %d on: %s", 1,
+          step, e)
 
   return show
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, hosts
+from mcpo_jax import commit, errors, hosts
 from mcpo_jax.models import hf
 from mcpo_jax.stages import pools, results
 from mcpo_jax.training import architecture, loop, metrics, setup
@@ -36,8 +36,13 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
     """Takes the start from the cache, if it is there."""
     if not (shared / commit.MANIFEST).exists():
       return False
+    try:
+      commit.verify(shared)
+    except errors.CheckpointError as e:
+      logging.warning("sft: the shared start is made anew: %s", e)
+      commit.remove_folder(shared)
+      return False
     logging.info("sft: the same start was trained before, in %s", shared)
-    commit.verify(shared)
     shutil.rmtree(target, ignore_errors=True)
     commit.write_folder(
         target, lambda to: shutil.copytree(shared, to, dirs_exist_ok=True), {})

@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 
-from mcpo_jax import errors, hosts, settings
+from mcpo_jax import commit, errors, hosts, settings
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
              "transformers", "tokenizers", "numpy")
@@ -39,7 +39,7 @@ def errors_told(workdir: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except Exception as e:
-    with contextlib.suppress(OSError):  # the disk may be what failed
+    with contextlib.suppress(errors.ResourceError):  # the disk may have failed
       _add(workdir, {"time": time.time(), "error": settings.redact(
           str(e) if isinstance(e, errors.McpoError)
           else f"{type(e).__name__}: {e}")})
@@ -48,8 +48,7 @@ def errors_told(workdir: pathlib.Path) -> Iterator[None]:
 
 def _add(workdir: pathlib.Path, line: dict[str, Any]) -> None:
   if hosts.is_first():
-    with open(workdir / "launches.jsonl", "a", encoding="utf-8") as file:
-      file.write(json.dumps(line) + "\n")
+    commit.append(workdir / "launches.jsonl", json.dumps(line) + "\n")
 
 
 def describe() -> dict[str, Any]:

@@ -6,18 +6,16 @@ several processes the first alone has sinks.
 """
 
 import collections
-import contextlib
 import hashlib
 import json
 import math
-import os
 import pathlib
 import time
 from typing import Any
 
 from absl import logging
 
-from mcpo_jax import commit, hosts
+from mcpo_jax import commit, errors, hosts
 
 _UNWRITTEN_ROWS = 10_000  # kept for a disk that has no room
 
@@ -96,13 +94,9 @@ class Writer:
         k: v if math.isfinite(v) else None for k, v in values.items()}
     waited = len(self._unwritten)
     self._unwritten.append(json.dumps(row) + "\n")
-    size = self.path.stat().st_size if self.path.exists() else 0
     try:
-      with open(self.path, "a") as file:
-        file.write("".join(self._unwritten))
-    except OSError as e:
-      with contextlib.suppress(OSError):
-        os.truncate(self.path, size)  # no half row
+      commit.append(self.path, "".join(self._unwritten))
+    except errors.ResourceError as e:
       if not waited:
         logging.warning("metrics.jsonl waits from step %d: %s", step, e)
       return

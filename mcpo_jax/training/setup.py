@@ -90,6 +90,8 @@ def open_run(
       or (workdir if hosts.count() > 1 else pathlib.Path.home())
       / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
+  for part in ("data", "starts", "reference"):
+    commit.sweep(cache / part)
   if hosts.count() > 1:
     check_shared(workdir)
     check_shared(cache)
