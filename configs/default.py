@@ -570,6 +570,10 @@ def get_config() -> ml_collections.ConfigDict:
   checkpoint.keep_best = False
   # A save that takes longer ends the run: the storage hangs.
   checkpoint.timeout_seconds = 1800.0
+  # Place of this run in an object store, gs://bucket/run, that has every
+  # checkpoint too: a fresh workdir, on another machine, goes on from there.
+  # gs:// needs gcsfs, s3:// needs s3fs. None: checkpoints lie in the workdir.
+  checkpoint.mirror = config_dict.placeholder(str)
   # Told to stop, a run has so long to save before it is ended.
   checkpoint.grace_seconds = 25.0
 

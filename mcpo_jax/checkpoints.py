@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from mcpo_jax import commit, errors, faults, hosts
+from mcpo_jax import commit, errors, faults, hosts, storage
 
 TIMEOUT_SECONDS = 1800.0
 _ITEM = "default"  # orbax's folder of the arrays
@@ -103,6 +103,7 @@ class Checkpointer:
   def __init__(
       self, folder: pathlib.Path, *, keep: int,
       timeout: float = TIMEOUT_SECONDS, finite: tuple[str, ...] = ("params",),
+      mirror: str | None = None,
   ):
     """Makes the folder.
 
@@ -112,6 +113,7 @@ class Checkpointer:
         one.
       timeout: seconds that a save may take.
       finite: parts of the state whose values must be finite.
+      mirror: place in an object store that has every committed step too.
 
     Raises:
       ResourceError: ckpt.path.
@@ -119,6 +121,7 @@ class Checkpointer:
     assert keep >= 2, keep
     self._folder = pathlib.Path(folder).resolve()
     self._keep, self._timeout, self._finite = keep, timeout, finite
+    self._mirror = mirror
     self._protected: int | None = None
     self._save: _Save | None = None
     self._failed = self._given_up = False  # a save; one that takes too long
@@ -267,6 +270,9 @@ class Checkpointer:
       commit.write_file(
           self._folder / _NEWEST, json.dumps({"step": save.step}))
       self._verified.add(save.step)
+      if self._mirror:
+        save.phase = f"copying to {self._mirror}"
+        storage.push(folder, self._copy_of(save.step))
       save.phase = "removing old steps"
       self._retain()
     except BaseException as e:  # told in the main thread
@@ -324,6 +330,11 @@ class Checkpointer:
           commit.remove_folder(self._step_folder(step))
       elif step in self._verified or self._problem(step) is None:
         kept += 1
+    if self._mirror:
+      stay = {*self.steps(), self._protected}
+      for step in storage.steps(self._mirror):
+        if step < max(self.steps()) and step not in stay:
+          storage.remove(self._copy_of(step))
     if kept >= 2:
       for path in self._folder.glob("*.damaged"):
         shutil.rmtree(path, ignore_errors=True)
@@ -341,7 +352,7 @@ class Checkpointer:
       CheckpointError: ckpt.none_complete, if steps exist or existed and none
         verifies; ckpt.tree, ckpt.dtype, ckpt.optimizer: see `restore`.
     """
-    skipped = []
+    skipped = hosts.from_first("checkpoints", self._fetch)
     for step in reversed(hosts.from_first("checkpoints", self.steps)):
       try:
         state = self.restore(step, abstract_state)
@@ -362,6 +373,29 @@ class Checkpointer:
           hint="restore a step from a copy, or use a fresh --workdir")
     self._clear_above(-1)
     return None
+
+  def _fetch(self) -> list[str]:
+    """Takes the newest step from the store, if it is newer than those here;
+    gives what was skipped."""
+    skipped = []
+    newest = max(self.steps(), default=-1)
+    for step in reversed(storage.steps(self._mirror) if self._mirror else []):
+      if step <= newest:
+        break
+      try:
+        self._pull(step)
+        break
+      except errors.CheckpointError as e:
+        logging.warning("checkpoint %d of the store skipped: %s", step, e)
+        skipped.append(str(e))
+    return skipped
+
+  def _pull(self, step: int) -> None:
+    shutil.rmtree(self._step_folder(step), ignore_errors=True)
+    storage.pull(self._copy_of(step), self._step_folder(step))
+
+  def _copy_of(self, step: int) -> str:
+    return f"{self._mirror}/{step}"
 
   def _clear_above(self, step: int) -> None:
     """Has what is newer, and what killed saves left, go out of the way."""
@@ -393,6 +427,12 @@ class Checkpointer:
     """
     self._finish()
     folder = self._step_folder(step)
+
+    def look():
+      if self._mirror and not (folder / commit.MANIFEST).exists():
+        self._pull(step)
+
+    hosts.from_first("a checkpoint", look)
     self._agree(self._problem(step, *_part()))
     self._check_tree(folder, abstract_state)
     state, problem = None, None

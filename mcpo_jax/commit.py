@@ -117,7 +117,7 @@ def write_file(path: pathlib.Path, text: str, *, point: str = "file") -> None:
   """
   if not hosts.is_first():
     return
-  temporary = _temporary(path)
+  temporary = temporary_of(path)
   try:
     temporary.write_text(text, encoding="utf-8")
     sync(temporary)
@@ -145,7 +145,7 @@ def append(path: pathlib.Path, text: str) -> None:
     raise storage_error(e, path, len(text)) from e
 
 
-def _temporary(path: pathlib.Path) -> pathlib.Path:
+def temporary_of(path: pathlib.Path) -> pathlib.Path:
   """A sibling to write to; its name says who does."""
   return path.with_name(
       f".{path.name}.{os.getpid()}@{socket.gethostname()}."
@@ -223,14 +223,16 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 
 def verify(
     folder: pathlib.Path, *, part: int = 0, parts: int = 1,
-    exact: bool = False,
+    exact: bool = False, but: str | None = None,
 ) -> dict[str, Any]:
   """Checks the files of a committed folder against its manifest.
 
   Args:
     folder: to check.
     part, parts: of several processes each hashes every parts-th file.
-    exact: whether a file that the manifest does not name is refused.
+    exact: whether links, and files that the manifest does not name, are
+      refused.
+    but: files whose names end so may be anything.
 
   Returns:
     The `meta` that was committed with it.
@@ -242,8 +244,9 @@ def verify(
       ckpt.hash; ckpt.unsafe_format or ckpt.unexpected, a file is too many.
   """
   body = read_manifest(folder)
-  files = body["files"]
-  _check_names(folder, files, exact)
+  files = {name: entry for name, entry in body["files"].items()
+           if but is None or not name.endswith(but)}
+  check_names(folder, files, exact)
   absent = [name for name in files if not (folder / name).is_file()]
   if len(absent) > 1:
     raise errors.CheckpointError(
@@ -283,26 +286,32 @@ def verify_once(folder: pathlib.Path) -> None:
   if known in _known:
     return
   try:
-    verify(folder)
+    verify(folder, but=".md")  # a model's card is for its owner to write
   except errors.CheckpointError as e:
     e.hint = e.hint or f"without its {MANIFEST} a folder is taken as it is"
     raise
   _known.add(known)
 
 
-def _check_names(folder, files, exact) -> None:
-  """Names and links stay inside; with `exact` nothing else lies there."""
+def check_names(
+    folder: pathlib.Path, files: Iterable[str], exact: bool = False
+) -> None:
+  """Names stay inside; with `exact` links do too and nothing else lies there.
+
+  Raises:
+    CheckpointError: ckpt.unsafe_path, ckpt.unsafe_format, ckpt.unexpected.
+  """
   root = folder.resolve()
   for name in files:
     path = folder / name
     inside = not pathlib.PurePath(name).is_absolute() and (
         ".." not in pathlib.PurePath(name).parts)
-    if not inside or path.is_symlink() or (
-        not path.resolve().is_relative_to(root)):
+    if not inside or exact and (
+        path.is_symlink() or not path.resolve().is_relative_to(root)):
       raise errors.CheckpointError(
           "ckpt.unsafe_path", "a name or link leads out of the folder",
           where=str(folder), got=name)
-  for name in sorted(set(files_of(folder)) - files.keys()) if exact else ():
+  for name in sorted(set(files_of(folder)) - set(files)) if exact else ():
     unsafe = pathlib.PurePath(name).suffix in _UNSAFE
     raise errors.CheckpointError(
         "ckpt.unsafe_format" if unsafe else "ckpt.unexpected",
@@ -333,7 +342,7 @@ def write_folder(
   if not hosts.is_first():
     return
   folder = pathlib.Path(folder)
-  temporary = _temporary(folder)
+  temporary = temporary_of(folder)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary.mkdir()

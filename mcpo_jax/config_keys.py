@@ -239,6 +239,7 @@ KEYS: dict[str, Setting] = {
     "checkpoint.keep": Setting(low=2, slug="config.retention"),
     "checkpoint.keep_best": _FLAG,
     "checkpoint.timeout_seconds": _POSITIVE,
+    "checkpoint.mirror": or_none(),
     "checkpoint.grace_seconds": _POSITIVE,
     **{f"watchdog.{kind}_seconds": or_none(_POSITIVE)
        for kind in ("compile", "step", "work")},

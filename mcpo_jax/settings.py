@@ -33,7 +33,7 @@ from mcpo_jax.config_keys import (
 )
 from mcpo_jax.registry import REWARDS, STRATEGIES, Setting
 
-CONFIG_VERSION = 4
+CONFIG_VERSION = 5
 
 # Tokens of Hugging Face, OpenAI-like services and GitHub; a Weights & Biases
 # key is 40 hex digits, as a commit is.

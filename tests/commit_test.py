@@ -105,6 +105,19 @@ def test_a_folder_is_hashed_once_but_anew_after_it_was_replaced(
     assert len(hashed) == 2
 
 
+def test_a_folder_of_links_with_a_card_of_its_owner_is_taken(tmp_path):
+  commit.write_folder(tmp_path / "x", lambda folder: (
+      fill(folder), (folder / "README.md").write_text("card")), {})
+  (tmp_path / "x" / "README.md").write_text("my own card")
+  (tmp_path / "x" / "b.txt").rename(tmp_path / "blob")
+  (tmp_path / "x" / "b.txt").symlink_to(tmp_path / "blob")  # as hubs cache
+  commit.verify_once(tmp_path / "x")
+  for exact, slug in ((False, "ckpt.missing_data"), (True, "ckpt.unsafe_path")):
+    with pytest.raises(errors.CheckpointError) as caught:
+      commit.verify(tmp_path / "x", exact=exact)
+    assert caught.value.slug == slug
+
+
 # --- killed writers -----------------------------------------------------------
 
 WRITE = """

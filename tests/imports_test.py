@@ -11,7 +11,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "mcpo_jax"
 FLOORS = [
     {"types", "errors", "commit", "faults", "registry", "config_keys",
      "config_file", "settings", "user_code", "objective_names", "devices",
-     "hosts", "memory", "preempt", "watch", "patience"},
+     "hosts", "memory", "preempt", "watch", "patience",
+     "storage"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},

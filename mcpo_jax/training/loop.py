@@ -56,6 +56,7 @@ class Schedule(NamedTuple):
   show_every: int = 1
   profile: pathlib.Path | None = None  # folder of a trace of some updates
   save_seconds: float = checkpoints.TIMEOUT_SECONDS  # that a save may take
+  mirror: str | None = None  # place in an object store
 
 
 def tell_non_finite(
@@ -188,7 +189,8 @@ def train(
   functions = make_functions(stage, model, reference.config)
   meter = performance.Meter(functions, model.mesh, when.profile)
   keeper = checkpoints.Checkpointer(
-      folder / "checkpoints", keep=when.keep, timeout=when.save_seconds)
+      folder / "checkpoints", keep=when.keep, timeout=when.save_seconds,
+      mirror=when.mirror and f"{when.mirror}/{stage.name}")
   with preempt.guarded():
     try:
       return _train(stage, model, make_batch, start, folder, writer, when,

@@ -25,6 +25,7 @@ from mcpo_jax import (
     registry,
     settings,
     sharding,
+    storage,
     watch,
 )
 from mcpo_jax.data import batches, files, records
@@ -40,7 +41,8 @@ _FREE = re.compile(
     r"benchmark\..*|evaluation\.(models|baseline|reward)|mesh\..*|"
     r"generation\.(url|spool|token_path|patience_s)|"
     r"reward\.(url|timeout_s|patience_s)|watchdog\..*|"
-    r"checkpoint\.(every_steps|keep|timeout_seconds|grace_seconds))$")
+    r"checkpoint\.(every_steps|keep|timeout_seconds|grace_seconds|"
+    r"mirror))$")
 
 # Part of every content key in the cache: raise it when the same input would
 # give other weights or log-probs than before.
@@ -197,7 +199,8 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
   if "://" in str(workdir) or ":/" in str(workdir):
     raise errors.ResourceError(
         "ckpt.path", "object stores are not supported as a workdir",
-        where=str(workdir), want="a folder", hint="mount the bucket")
+        where=str(workdir), want="a folder",
+        hint="a folder of this machine, and the bucket as checkpoint.mirror")
   commit.lock(workdir)
   commit.sweep(workdir)
 
@@ -241,8 +244,11 @@ def check_shared(folder: pathlib.Path) -> None:
 def store_config(config: dict[str, Any], workdir: pathlib.Path) -> str:
   """Keeps the resolved config in the workdir, as JSON; gives the run's id."""
   path, run_id = workdir / "config.json", uuid.uuid4().hex
-  if path.exists():
+  fresh, mirror = not path.exists(), config["checkpoint"]["mirror"]
+  if not fresh:
     run_id = json.loads(path.read_text())["run"]
+  if mirror:
+    run_id = storage.claim(mirror, run_id, fresh=fresh)
   commit.write_file(path, json.dumps(
       {"version": settings.CONFIG_VERSION, "run": run_id, "config": config},
       indent=1, sort_keys=True))
@@ -454,7 +460,7 @@ def schedule_of(run: Run) -> loop.Schedule:
       save_every=checkpoint["every_steps"], keep=checkpoint["keep"],
       evaluate_every=evaluation["every_steps"],
       patience=evaluation["patience"], keep_best=checkpoint["keep_best"],
-      save_seconds=checkpoint["timeout_seconds"],
+      save_seconds=checkpoint["timeout_seconds"], mirror=checkpoint["mirror"],
       estimate_every=evaluation["estimator_every_steps"],
       show_every=config["log"]["candidates_every_steps"],
       profile=run.workdir / "profile" if run.profile else None)
