@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mcpo_jax import errors, main, settings
-from mcpo_jax.evaluation import report, tables
+from mcpo_jax.evaluation import report, tables, workdirs
 from mcpo_jax.training import launches
 
 CANARY = "</script><b id=canary>'\"&amp;</b><!--<script>\u2028\ud800 é"
@@ -303,7 +303,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_of_a_long_curve_points_are_means_between_extremes():
-  curve = report.Curve(np.arange(10.0), np.array(
+  curve = workdirs.Curve(np.arange(10.0), np.array(
       [1, 3, np.nan, 5, 5, 5, 0, 8, np.nan, np.nan]))
   assert report._thin(curve, None, None, 4) == (
       [0, 2, 5, 7], [2, 5, 2.5, 8], [1, 5, 0, 8], [3, 5, 5, 8])
@@ -328,7 +328,7 @@ def test_pauses_between_launches_are_no_time_of_the_run(tmp_path):
   lines(folder / "launches.jsonl", [
       {"time": time, "devices": {"kind": "TPU7x", "count": count}}
       for time, count in ((100.0, 2), (600.0, 4))])
-  cost = report._cost(report._read_run(folder, "run", 1), price=90.0)
+  cost = report._cost(workdirs.read_run(folder, "run", 1), price=90.0)
   assert {s["name"]: s["time"] for s in cost["stages"]} == {
       "sft": "50 s", "evaluate": "40 s"}
   seconds = 50 * 2 + 40 * 4
