@@ -159,7 +159,7 @@ def test_a_full_queue_is_waited_for():
     one.close()
 
 
-def test_a_lost_answer_is_given_again_and_sampled_once(served):
+def test_f14_a_lost_answer_is_given_again_and_sampled_once(served):
   proxy = Proxy(served.port)
   before = served.worker.counts["tokens"]
   proxy.lose = 2
