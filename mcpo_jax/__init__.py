@@ -6,8 +6,17 @@
     run.model().generate(["name[Red Maple], type[inn]"]).text
 
 What stands here is the public interface; `python -m mcpo_jax` calls the same
-functions. A name is imported when it is used: settings are checked before JAX
-is imported.
+functions, and `notebooks/` shows it at work:
+
+  load_config, train, Run      settings, a run, what its workdir holds
+  load_model, Model            samples texts and scores them
+  loss, draw, make_sets        an objective, the kernel, and sets to try them on
+  exact                        small models, where every expectation is a sum
+  objective, kernel, reward    declare functions of your own
+  check_objective              says which property a loss lacks
+  McpoError                    what everything raises
+
+A name is imported when it is used: settings are checked before JAX is imported.
 """
 
 import importlib

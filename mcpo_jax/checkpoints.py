@@ -12,6 +12,7 @@ and which go.
 import contextlib
 import hashlib
 import json
+import logging as std_logging
 import math
 import pathlib
 import re
@@ -23,10 +24,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 
 from mcpo_jax import commit, errors, faults, hosts, storage
+
+# Its import gives the root logger a handler, which is the user's to do.
+_handlers = std_logging.root.handlers[:]
+import orbax.checkpoint as ocp  # noqa: E402
+
+std_logging.root.handlers[:] = _handlers
 
 TIMEOUT_SECONDS = 1800.0
 _ITEM = "default"  # orbax's folder of the arrays

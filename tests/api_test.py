@@ -95,6 +95,18 @@ def test_names_without_jax_are_had_without_jax():
                  env=run_cases.environment(""))
 
 
+def test_importing_all_of_it_leaves_the_users_logging_alone():
+  code = ("import logging, sys;"
+          "seen = lambda: (logging.root.handlers[:], logging.root.level,"
+          " logging.getLevelName(logging.getLogger('mine').getEffectiveLevel())"
+          ", sys.excepthook, logging.getLoggerClass());"
+          "before = seen(); import mcpo_jax;"
+          "[getattr(mcpo_jax, name) for name in mcpo_jax.__all__];"
+          "import mcpo_jax.verbs; assert seen() == before")
+  subprocess.run([sys.executable, "-c", code], check=True, cwd=run_cases.ROOT,
+                 env=run_cases.environment(""))
+
+
 def test_overrides_are_values_texts_paths_and_functions(
     tmp_path, monkeypatch):
   from configs import quickstart

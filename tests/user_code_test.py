@@ -11,6 +11,7 @@ import pytest
 import mcpo_jax
 from mcpo_jax import errors, registry, user_code
 from mcpo_jax.rewards import functions
+from mcpo_jax.stages import sampling
 
 GOOD = '''
 import mcpo_jax
@@ -285,3 +286,16 @@ def test_the_decorator_gives_the_function_back():
 def test_needs_of_a_loss_of_the_house_are_the_registrys():
   loss = user_code.load("mcpo_jax.objectives.pairwise:dpo_loss")
   assert user_code.needs_of(loss) == registry.OBJECTIVES["dpo"]
+
+
+def test_what_a_run_keeps_of_own_rewards_changes_with_their_files(folder):
+  config = {"reward": {"name": "length,math:sqrt,my_file:plain*-1"}}
+  seen = []
+  for text in (GOOD, GOOD + "# changed"):
+    _write(folder, text)
+    seen.append(sampling.own_rewards(config))
+    assert seen[-1] == {
+        "math:sqrt": None,
+        "my_file:plain": hashlib.sha256(text.encode()).hexdigest()}
+  assert seen[0] != seen[1]
+  assert sampling.own_rewards({"reward": {"name": None}}) == {}
