@@ -50,6 +50,7 @@ from mcpo_jax import commit, errors, main, verbs  # noqa: E402, F401
 from mcpo_jax.training import update  # noqa: E402
 
 YEAR = 365 * 24 * 3600
+FAILURES = 3  # of a run whose goodput is told
 ANYWHERE = 4  # a point of every update is met at the first to fourth time
 
 
@@ -187,6 +188,7 @@ class Phases:
     self.folder = folder / name
     self._data = run_cases.write_data(self.folder / "data")
     self.problems: list[str] = []
+    self._unbroken: dict[str, str] = {}  # of its result
     self._lives = 0
     self.known: dict[tuple[str, int], dict[str, Any]] = {}
     self.updates = 0  # of all attempts
@@ -291,18 +293,21 @@ class Phases:
     return outcomes, missed
 
   def _compare(self, rows, where: str) -> None:
-    """Every hash of every update against those of the unbroken run."""
+    """Every hash of every update against those of the unbroken run; without
+    one, against those of the first time."""
     self.updates += len(rows)
     for row in rows:
-      known = self.known.get((row["stage"], row["step"]), {})
+      known = self.known.setdefault((row["stage"], row["step"]), row)
       other = [key for key in ("params", "state", "batch", "negatives")
-               if known.get(key) != row[key]]
+               if known[key] != row[key]]
       if other:
         self.problems.append(
             f"{self.name}, {where}: {', '.join(other)} of {row['stage']} "
             f"{row['step']} differ")
 
   def _compare_results(self, result: dict[str, str], life: str) -> None:
+    if not self._unbroken:
+      return
     for name in sorted(result.keys() | self._unbroken.keys()):
       if result.get(name) != self._unbroken.get(name):
         self.problems.append(f"{self.name}, {life}: {name} differs")
@@ -432,9 +437,8 @@ def table(phases: list[Phases], outcomes: list[Outcome]) -> str:
 
 
 def goodput(phase: Phases, every: int) -> str:
-  """Five failures, one every so many updates, and a save every fifth."""
-  phase.run_unbroken()
-  outcomes, missed = phase.live([Kill("step.after", every)] * 5)
+  """Failures, one every so many updates, and a save every fifth."""
+  outcomes, missed = phase.live([Kill("step.after", every)] * FAILURES)
   assert not missed, missed
   useful = len(phase.known)
   done = phase.updates
@@ -473,8 +477,9 @@ def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["__main__"])
   if options.every:
-    PHASES["long"] = PHASES["long"]._replace(flags=(
-        *PHASES["long"].flags, f"--config.num_steps={5 * options.every}"))
+    steps = f"--config.num_steps={FAILURES * options.every}"
+    PHASES["long"] = PHASES["long"]._replace(
+        flags=(*PHASES["long"].flags, steps))
     phase = Phases("long", folder, context)
     text = goodput(phase, options.every)
     print(text)
