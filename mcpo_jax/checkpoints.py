@@ -412,12 +412,12 @@ class Checkpointer:
         shutil.rmtree(path, ignore_errors=True)
       for other in self._all():
         folder = self._step_folder(other)
-        if other > step and (folder / commit.MANIFEST).exists():
+        if not (folder / commit.MANIFEST).exists():  # or its removal killed
+          shutil.rmtree(folder)
+        elif other > step:  # orbax writes no step over one that is there
           aside = folder.with_name(f"{other}.damaged")
           shutil.rmtree(aside, ignore_errors=True)
           folder.rename(aside)
-        elif other > step:  # orbax writes no step over one that is there
-          shutil.rmtree(folder)
 
     hosts.from_first("checkpoints", clear)
     self._manager.reload()

@@ -80,6 +80,13 @@ def test_an_uncommitted_step_is_written_again(tmp_path):
   assert restore(tmp_path)[1]["step"] == 3
 
 
+def test_a_step_whose_removal_was_killed_goes(tmp_path):
+  save_some(tmp_path)
+  (tmp_path / "2" / commit.MANIFEST).unlink()  # the first thing that is removed
+  assert restore(tmp_path)[1]["step"] == 3
+  assert not (tmp_path / "2").exists()
+
+
 def flip(folder):
   path = max((p for p in folder.rglob("*") if p.is_file()
               and p.name != commit.MANIFEST), key=lambda p: p.stat().st_size)

@@ -15,4 +15,4 @@ def test_killed_runs_are_those_that_were_left_alone(tmp_path):
       capture_output=True, text=True)
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   text = (tmp_path / "table.md").read_text()
-  assert re.search(r"\| all \| 15 \| 12 \| 3 \| 0 \|", text), text
+  assert re.search(r"\| all \| 15 \| 12 \| 3 \| [1-9]\d* \| 0 \|", text), text
