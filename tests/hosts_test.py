@@ -166,7 +166,8 @@ def test_a_run_whose_hosts_hang_and_die_begins_again_and_ends_the_same(
     runs, tmp_path):
   folder, _ = runs
   flags = [*run_cases.write_data(folder / "data"), *FLAGS,
-           "--config.stages=sft", "--config.watchdog.step_seconds=8"]
+           "--config.stages=sft", "--config.watchdog.step_seconds=12",
+           "--config.checkpoint.every_steps=3"]  # not where the second hangs
   run = subprocess.Popen(
       [sys.executable, "-c", "from mcpo_jax import supervise\n"
        "supervise.PAUSES = 0.1, 0.1\nsupervise.main()", "--processes=2", "--",
