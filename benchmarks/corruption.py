@@ -6,6 +6,8 @@ Each trial takes a copy of a folder that training wrote, does one thing to one
 of its files (a flipped bit, a cut, a deletion, or the content of another file
 of the same kind) and opens it as training does. Damage counts as seen if that
 is refused; of checkpoints the step before must come back, to the bit.
+A model folder from elsewhere has no manifest: of it only structure and values
+that are not finite are checked, and a flipped bit goes unseen.
 """
 
 import argparse

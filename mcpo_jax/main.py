@@ -306,6 +306,8 @@ def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:
   if "--debug" in argv:
     traceback.print_exc()
   text = settings.redact(str(error))
+  if error.slug == "ckpt.timeout":  # at exit the thread that hangs is awaited
+    hosts.abort(text, error.exit_code)
   print(text, file=sys.stderr)
   hosts.fail(text, error.exit_code)
 
