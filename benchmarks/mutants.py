@@ -572,8 +572,8 @@ MUTANTS = (
     ),
     Mutant(
         "damage_not_seen", "commit.py",
-        'if file_sha256(path) != entry["sha256"]:',
-        'if not file_sha256(path):',
+        'if digest != files[name]["sha256"]:',
+        'if not digest:',
         "commit_test.py", "test_damage_is_named",
     ),
 )
