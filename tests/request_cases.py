@@ -82,7 +82,7 @@ def check_body(made: bytes, path: str) -> str | None:
     ask = requests.parse(
         fields, serve_cases.tokenizer(), LIMITS, chat="chat" in path)
   except errors.ServiceError as e:
-    assert e.slug.startswith("request.") and e.where
+    assert e.slug.startswith("request.") and isinstance(e.where, str)
     return e.slug
   assert 0 < ask.num_samples <= LIMITS.max_samples
   assert 0 < ask.sampling.max_new_tokens <= LENGTH

@@ -7,6 +7,7 @@ decoder does not have is refused by name, never ignored.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -180,6 +181,15 @@ _KEYS = {
         "_sliding_window_pattern",  # beside layer_types, which hold
     },
 }
+_MOST = 2**31 - 1
+# What the value of a key must be, if it is not null.
+_WHOLE = {*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings",
+          "sliding_window", "sliding_window_pattern", "max_window_layers"}
+_REAL = {"rms_norm_eps", "rope_theta", "rope_local_base_freq",
+         "initializer_range", "attn_logit_softcapping",
+         "final_logit_softcapping", "query_pre_attn_scalar"}
+_TABLES = {"rope_scaling", "rope_parameters", "quantization_config"}
+_IDS = {"bos_token_id", "eos_token_id", "pad_token_id"}
 _FEATURE = re.compile(
     r"rope|rotary|window|cap|bias|scal|norm|attn|attention|expert|moe|layer"
     r"|head|act$|activation|dropout|adapter|mlp|ffn|multiplier"
@@ -199,7 +209,7 @@ def from_hf(raw: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
       quantised weights.
   """
   family = raw.get("model_type")
-  if family not in _TRAITS:
+  if not isinstance(family, str) or family not in _TRAITS:
     raise errors.ModelDirError(
         "hf.config",
         "the model_type is not supported",
@@ -207,6 +217,7 @@ def from_hf(raw: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
         got=family,
         want=f"one of {', '.join(FAMILIES)}",
     )
+  _check_values(raw, where)
   if raw.get("quantization_config"):
     method = raw["quantization_config"].get("quant_method")
     raise errors.ModelDirError(
@@ -238,6 +249,13 @@ def from_hf(raw: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
   layers = raw["num_hidden_layers"]
   local_layers = _local_layers(family, get, layers, where)
   heads = raw["num_attention_heads"]
+  kv_heads = get("num_key_value_heads") or heads
+  head_dim = get("head_dim") or raw["hidden_size"] // heads
+  if heads % kv_heads or not head_dim:
+    raise errors.ModelDirError(
+        "hf.config", "the heads do not divide", where=where,
+        got=f"hidden_size {raw['hidden_size']}, {heads} heads, {kv_heads} of "
+        "keys and values")
   bias = bool(get("attention_bias"))
   eos = get("eos_token_id")
   traits = dict(_TRAITS[family])
@@ -248,8 +266,8 @@ def from_hf(raw: dict[str, Any], *, where: str = "config.json") -> ModelConfig:
       intermediate_size=raw["intermediate_size"],
       num_layers=layers,
       num_heads=heads,
-      num_kv_heads=get("num_key_value_heads") or heads,
-      head_dim=get("head_dim") or raw["hidden_size"] // heads,
+      num_kv_heads=kv_heads,
+      head_dim=head_dim,
       max_positions=get("max_position_embeddings") or 2048,
       rms_norm_eps=get("rms_norm_eps") or 1e-6,
       sliding_window=get("sliding_window") if any(local_layers) else None,
@@ -353,6 +371,46 @@ def _feature(where: str, key: str, value: Any) -> errors.ModelDirError:
   )
 
 
+def _check_values(raw: dict[str, Any], where: str) -> None:
+  """Refuses what no model can have, before anything is made of it.
+
+  Raises:
+    ModelDirError: `hf.config`.
+  """
+  whole = lambda x, low=1: type(x) is int and low <= x <= _MOST
+  real = lambda x: type(x) in (int, float) and 0 < x < math.inf
+  plain = lambda x: isinstance(x, dict) and all(
+      v is None or isinstance(v, (str, bool)) or type(v) in (int, float)
+      and abs(v) < math.inf or plain(v) for v in x.values())
+  for key, value in raw.items():
+    want = None
+    if value is None:
+      continue
+    if key in _WHOLE and not whole(value, int(key != "max_window_layers")):
+      want = f"a whole number above 0, at most {_MOST}"
+    elif key == "num_hidden_layers" and value > 10_000:
+      want = "at most 10000"
+    elif key in _REAL and not real(value):
+      want = "a finite number above 0"
+    elif key in _TABLES and not plain(value):
+      want = "a table of texts and finite numbers"
+    elif key in _IDS and not all(whole(i, -1) for i in (
+        value if key == "eos_token_id" and isinstance(value, list)
+        else [value])):
+      want = "a token id"
+    elif key == "layer_types" and not (isinstance(value, list) and all(
+        isinstance(kind, str) for kind in value)):
+      want = "a list of names"
+    elif key in ("hidden_act", "hidden_activation") and not isinstance(
+        value, str):
+      want = "a name"
+    if want:
+      raise errors.ModelDirError(
+          "hf.config", "a value makes no sense", where=f"{where}: {key}",
+          got=value if isinstance(value, (int, float)) else type(
+              value).__name__, want=want)
+
+
 def _local_layers(family, get, layers, where) -> tuple[bool, ...]:
   """Which layers have the sliding window."""
   window = get("sliding_window")
@@ -366,7 +424,7 @@ def _local_layers(family, get, layers, where) -> tuple[bool, ...]:
   elif family == "gemma2":
     local = [i % 2 == 0 for i in range(layers)]
   elif family == "gemma3_text":
-    pattern = get("sliding_window_pattern")
+    pattern = get("sliding_window_pattern") or 6
     local = [(i + 1) % pattern != 0 for i in range(layers)]
   else:
     local = [False] * layers
@@ -390,6 +448,9 @@ def _rope(get, where) -> dict[str, Any]:
   local_theta = get("rope_local_base_freq")
   scaling = get("rope_scaling") or {}
   new = get("rope_parameters") or {}
+  parts = ("full_attention", "sliding_attention")
+  if any(not isinstance(new.get(part) or {}, dict) for part in parts):
+    raise _feature(where, "rope_parameters", new)
   if "full_attention" in new or "sliding_attention" in new:
     local = dict(new.get("sliding_attention") or {})
     new = new.get("full_attention") or {}
@@ -400,13 +461,17 @@ def _rope(get, where) -> dict[str, Any]:
   theta = scaling.pop("rope_theta", None) or theta
   kind = scaling.pop("rope_type", None) or scaling.pop("type", "default")
   scaling.pop("type", None)
+  for name, value in (("rope_theta", theta), ("local", local_theta),
+                      *scaling.items()):
+    if value is not None and type(value) not in (int, float):
+      raise _feature(where, f"rope_parameters.{name}", value)
   if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
     raise _feature(where, "partial_rotary_factor", "other than 1")
   if kind == "default":
     if scaling:
       raise _feature(where, "rope_scaling", scaling)
     return dict(rope_theta=float(theta), local_rope_theta=local_theta)
-  if kind not in _ROPE_KEYS:
+  if not isinstance(kind, str) or kind not in _ROPE_KEYS:
     raise _feature(where, "rope_type", kind)
   if kind == "llama3":
     scaling.setdefault(
