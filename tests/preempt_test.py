@@ -119,7 +119,7 @@ def hang():
 
 @pytest.mark.parametrize("number, code", [
     (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_the_second_signal_quits(hang, number, code):
+def test_l10_the_second_signal_quits(hang, number, code):
   process = hang(grace=600)
   process.send_signal(signal.SIGTERM)
   read_until(process, "a second signal quits")
