@@ -328,7 +328,9 @@ def verified_steps(workdir: pathlib.Path) -> dict[str, int]:
   """Stage -> the newest step on disk whose content is what was written."""
   newest = {}
   for stage in ("sft", "preference"):
-    for path in (workdir / stage / "checkpoints").glob("[0-9]*"):
+    for path in (workdir / stage / "checkpoints").glob("*"):
+      if not path.name.isdecimal():
+        continue
       try:
         commit.verify(path)
       except (errors.CheckpointError, ValueError):
@@ -480,7 +482,7 @@ def parse() -> argparse.Namespace:
 def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
   """All phases; prints the table. Whether nothing was wrong."""
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["__main__"])
+  context.set_forkserver_preload(["soak"])  # this, by its name as a module
   if options.every:
     steps = f"--config.num_steps={FAILURES * options.every}"
     PHASES["long"] = PHASES["long"]._replace(
