@@ -32,10 +32,12 @@ import time
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-# What JAX reads when it is imported.
+PLACES = [str(ROOT / name) for name in (".", "tests", "benchmarks")]
+sys.path[:0] = PLACES
+# What JAX reads when it is imported; where the server of forks finds this.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1",
-               "TRANSFORMERS_VERBOSITY": "error"}
+               "TRANSFORMERS_VERBOSITY": "error",
+               "PYTHONPATH": os.pathsep.join(PLACES)}
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(tempfile.gettempdir()) / "mcpo_jax_test_programs"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
