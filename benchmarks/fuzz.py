@@ -102,7 +102,7 @@ def main() -> None:
   names = [options.target] if options.target else list(fuzz_cases.TARGETS)
   outcomes = {}
   for name in names:
-    run(name, range(1), float("inf"))  # what is made once is made now
+    run(name, range(9), float("inf"))  # what is made once is made now
     until = time.process_time() + options.seconds / len(names)
     numbers = itertools.islice(itertools.count(options.first), options.count)
     outcomes[name] = run(name, numbers, until)
