@@ -217,7 +217,7 @@ def run(argv: list[str]) -> None:
   if command.verb in SHARED_VERBS:
     preempt.allow(config["checkpoint"]["grace_seconds"])
     hosts.allow(config["watchdog"]["work_seconds"])
-    watch.start(config["watchdog"] | {  # the last save and the next
+    watch.start(**config["watchdog"] | {  # the last save and the next
         "save_seconds": 2 * config["checkpoint"]["timeout_seconds"]})
   if command.verb in ("audit", "score") and not config["data"]["path"]:
     raise errors.ConfigError("config.missing", "this verb needs data",

@@ -29,13 +29,15 @@ _numbers = itertools.count()
 _moved = 0.0  # when a phase last began or ended
 
 
-def start(limits: dict[str, float | None]) -> None:
-  """Begins to watch; `limits` are the config's group watchdog, and
-  "save_seconds"."""
+def start(
+    *, compile_seconds: float | None, step_seconds: float | None,
+    work_seconds: float | None, save_seconds: float | None,
+) -> None:
+  """Begins to watch. None: any number of seconds."""
   global _moved
   begun, _moved = bool(_limits), time.monotonic()
-  _limits.update(
-      {key.removesuffix("_seconds"): x for key, x in limits.items()})
+  _limits.update(compile=compile_seconds, step=step_seconds,
+                 work=work_seconds, save=save_seconds)
   if not begun:
     threading.Thread(target=_watch, daemon=True).start()
 

@@ -12,7 +12,7 @@ import time
 from mcpo_jax import watch
 limits = dict.fromkeys(("compile_seconds", "step_seconds", "save_seconds",
                         "work_seconds"))
-watch.start(limits | {limits})
+watch.start(**limits | {limits})
 def stuck_here():
   {body}
   print("went on")
