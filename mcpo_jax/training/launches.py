@@ -20,8 +20,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-
 from mcpo_jax import commit, errors, hosts, settings
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
@@ -54,6 +52,8 @@ def _add(workdir: pathlib.Path, line: dict[str, Any]) -> None:
 def describe() -> dict[str, Any]:
   """This process and what it runs on; the words of the command without what
   looks like a secret."""
+  import jax  # who asks for `commit_of_code` alone needs none
+
   devices = jax.devices()
   return {
       "time": time.time(),
