@@ -67,7 +67,7 @@ class Phase(NamedTuple):
 
 STEPS = {
     "data.next": ANYWHERE, "step.before": ANYWHERE, "step.drawn": ANYWHERE,
-    "step.accumulate": ANYWHERE, "step.after": ANYWHERE,
+    "step.accumulate": 4, "step.after": ANYWHERE,
     "ckpt.begin": 3, "ckpt.shard": 3, "ckpt.manifest": 3, "ckpt.gc": 1}
 OFFLINE = ("--config.data.eval_fraction=0.0", "--config.num_steps=16")
 ROUNDS = (
