@@ -398,18 +398,18 @@ def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
   if phase.name == "offline":
     phase.jump()
   wanted, outcomes = plan(phase.phase, num_kills, rng), []
-  for tries in range(10):
-    if not wanted:
-      break
+  idle = 0  # lives in a row in which no kill came to its place
+  while wanted and idle < 5:
     some, wanted = wanted[:20], wanted[20:]
     kills = []
     for name in some:
-      most = 1 if tries > 2 else phase.phase.points.get(name)
+      most = 1 if idle > 1 else phase.phase.points.get(name)
       kills.append(
           Kill(name, rng.randint(1, most)) if name
           else Kill(None, seconds=rng.uniform(0.1, 0.8 * phase.seconds)))
     found, missed = phase.live(kills)
     outcomes += found
+    idle = 0 if found else idle + 1
     wanted = [kill.point for kill in missed] + wanted
     print(f"{phase.name}: {len(outcomes)} of {num_kills}", *found,
           *phase.problems, sep="\n  ", flush=True)
