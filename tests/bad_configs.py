@@ -124,9 +124,13 @@ def warns(override: str):
 
 
 def elsewhere(folder):
+  """A config that lies beside another folder than the one that one is in."""
+  (folder / "mine.py").write_text("")
+  (folder / "deeper").mkdir()
+
   def use():
-    with contextlib.chdir(folder):
-      main.run(["train", "--config=configs/quickstart.py", "--workdir=r"])
+    with contextlib.chdir(folder / "deeper"):
+      main.run(["train", "--config=mine.py", "--workdir=r"])
 
   return use
 
@@ -305,7 +309,7 @@ ROWS = [
         folder, "serve.host=::1"), None, None, "", 0),
     refused("L7 token", serve(""), "config.missing", "serve.token_path"),
     refused("L7 weak", serve("x" * 15), "config.range", "serve.token_path"),
-    refused("L8", elsewhere, "config.missing", "configs/quickstart.py"),
+    refused("L8", elsewhere, "config.missing", "mine.py"),
 ]
 
 

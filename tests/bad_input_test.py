@@ -567,10 +567,10 @@ def test_a_full_disk_for_the_list_of_bad_rows_does_not_stop(
     tmp_path, monkeypatch):
   write = commit.write_file
 
-  def full(path, text):
+  def full(path, text, **options):
     if path.name == "q.jsonl":
       raise OSError(errno.ENOSPC, "No space left on device")
-    write(path, text)
+    write(path, text, **options)
 
   monkeypatch.setattr(commit, "write_file", full)
   lines = [PAIR | {"prompt": str(i)} for i in range(8)] + ["{"]

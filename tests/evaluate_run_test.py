@@ -84,6 +84,7 @@ def both(session):
   """The evaluation of all kinds of models, and its summary."""
   foreign = session.folder / "foreign"
   shutil.copytree(session.workdir / "sft/model", foreign)
+  (foreign / "manifest.json").unlink()  # as one from elsewhere
   template = foreign / "chat_template.jinja"
   template.write_text(template.read_text().replace("<|user|>", "<|user|>:"))
   return session.evaluate(
@@ -271,6 +272,7 @@ def copy_model(change):
   def spoil(workdir):
     folder = workdir.parent / "other"
     shutil.copytree(workdir / "preference/model", folder)
+    (folder / "manifest.json").unlink()  # as one from elsewhere
     models_folders.edit_weights(folder, lambda tensors: tensors.update(
         {WIDE: change(tensors[WIDE])}))
 
