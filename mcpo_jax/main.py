@@ -298,6 +298,8 @@ def _report(command: CommandLine) -> None:
 def _worth_showing(record) -> bool:
   """Orbax tells every step of a save, and errors that `checkpoints` raises; its
   warnings are enough, but one of every save that there is nothing to merge."""
+  if record.name == "asyncio":  # of each file of a save that failed
+    return False
   return "orbax" not in record.pathname or (
       record.levelno == 30 and "ocdbt_utils" not in record.pathname)
 

@@ -296,7 +296,7 @@ def test_repeated_ids_are_quarantined_by_place(tok, tmp_path):
 
 def test_memory_does_not_grow_with_the_rows(tok, tmp_path):
   peaks = []
-  for count in (50, 500):
+  for count in (50, 5000):
     path = tmp_path / f"{count}.jsonl"
     with open(path, "w") as file:
       for i in range(count):
@@ -307,7 +307,8 @@ def test_memory_does_not_grow_with_the_rows(tok, tmp_path):
     build(tok, tmp_path, str(path))
     peaks.append(tracemalloc.get_traced_memory()[1])
     tracemalloc.stop()
-  assert peaks[1] < peaks[0] + 120_000  # the text alone is 200 kB more
+  # Buffers that hash files come and go; the text alone is 2 MB more.
+  assert peaks[1] < peaks[0] + 1_200_000
 
 
 def test_real_sets_keep_their_counts(tok, tmp_path, shared):

@@ -322,7 +322,7 @@ def test_a_restart_is_bit_equal_and_its_checkpoint_holds_adapters_alone(
   when = loop.Schedule(1, 2, 2, 100, None, False)
 
   class Writer:
-    def rewind(self, *_): pass
+    def rewind(self, *_, **__): pass
     def write(self, *_): pass
 
   def train(folder, stop_at=None):

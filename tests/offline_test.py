@@ -92,7 +92,7 @@ def cycle(tmp_path_factory, network_off):
     return done
 
   quarantine = "--config.data.quarantine=true"
-  killed = run("killed", quarantine, MCPO_FAULT="step.after@9")
+  killed = run("killed", quarantine, MCPO_FAULT="step.after@12")
   resumed = run("resumed", quarantine)
   return base, words, run, killed, resumed
 

@@ -157,6 +157,7 @@ def make_folder(folder, template=tokenizer_lib.DEFAULT_CHAT_TEMPLATE,
       lambda x: jnp.asarray(0.4 * draw(size=x.shape), dtype),
       decoder.param_shapes(config))
   hf.save_params(folder, params, config, tokenizer_dir=tokens)
+  (folder / "manifest.json").unlink()  # as one from elsewhere
   return folder
 
 
