@@ -245,7 +245,13 @@ def run(argv: list[str]) -> None:
   summary = getattr(verbs, command.verb)(
       config, pathlib.Path(workdir) if workdir else None, **more)
   if summary is not None:
-    print(json.dumps(summary, indent=1))
+    print(json.dumps(summary, indent=1), flush=True)
+    numbers = [summary.get(f"score/{name}") for name in (
+        "aligned", "difference", "difference_ci95_low",
+        "difference_ci95_high")]
+    if None not in numbers:
+      logging.info("held-out score %.3f, %+.3f [%+.3f, %+.3f] to the start; a "
+                   "page to look at: %s", *numbers, f"{workdir}/report.html")
   hosts.leave()
 
 
