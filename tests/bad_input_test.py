@@ -445,6 +445,15 @@ TABLE = [
           "prompt[1]"),
     _data("D25 negative", _masked(completion_ids=[[5, 6], [-1]]),
           "data.token_range", "completions[1][0]"),
+    _data("D25 huge", _masked(completion_ids=[[5, 6], [2**70]]),
+          "data.token_range", "completion_ids[1][0]"),
+    _data("D10 annotations", _read(KWISE | {"prompt": "z"}, {
+        "instruction": "a", "completions": [
+            {"response": "b", "annotations": "good"}]}),
+          "data.field_type", "completions[0].annotations"),
+    _ok("D10 a column of the user's own",
+        [KWISE | {"prompt_ids": "p"}, KWISE | {"prompt": "z"}],
+        lambda store: len(store) == 2),
     _data("D26 length", _masked(completion_masks=[[1], [1]]), "data.mask",
           "completion_masks[0]"),
     _data("D26 zero", _masked(completion_masks=[[0, 0], [1]]), "data.mask"),

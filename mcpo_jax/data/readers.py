@@ -406,6 +406,8 @@ def read_ultrafeedback(row: dict[str, Any], where: str) -> Record:
     _typed(answer, dict, "an object", where, field)
     completions.append(_text(_take(answer, "response", where), where,
                              f"{field}.response"))
+    _typed(answer.get("annotations") or {}, dict, "an object", where,
+           f"{field}.annotations")
     rating = ultrafeedback_rating(answer)
     if rating is None:
       raise _fail("data.field_missing", "no aspect has a numeric Rating", where,
@@ -498,6 +500,9 @@ def _ids(value: Any, where: str, field: str) -> list[int]:
     raise _fail("data.empty", "no token", where, field)
   for i, token in enumerate(value):
     _typed(token, int, "a token id", where, f"{field}[{i}]")
+    if not -2**31 <= token < 2**31:
+      raise _fail("data.token_range", "no token has such an id", where,
+                  f"{field}[{i}]", got=token)
   return value
 
 

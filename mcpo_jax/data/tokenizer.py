@@ -181,7 +181,7 @@ class Tokenizer:
         looked at here.
     """
     columns, where = record.columns, record.where
-    if "prompt_ids" in columns:
+    if record.prompt == "" and "prompt_ids" in columns:  # tokenised already
       return Encoded(
           np.array(columns["prompt_ids"], np.int64),
           [np.array(c, np.int64) for c in columns["completion_ids"]],
