@@ -160,6 +160,8 @@ ROWS = [
     ("H1", config_is(model_type="bert"), "hf.config", ""),
     ("H1", config_is(hidden_size=None), "hf.config", ""),
     ("H2", lambda f: first_shard(f).unlink(), "hf.shard_missing", "model-0"),
+    ("H2", index_is(lambda w: w.update({EMBEDDING: "x" * 300})),
+     "hf.shard_missing", "xxx"),
     ("H2", index_is(lambda w: w.pop(EMBEDDING)), "hf.index", EMBEDDING),
     ("H2", index_is(swap_files), "hf.index", "model-0"),
     ("H2", index_is(lambda w: w.update(x=w[UP])), "hf.index", "x"),

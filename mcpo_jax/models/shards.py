@@ -7,6 +7,7 @@ tensor by tensor. No pickled format is ever opened, no path leaves the folder.
 import hashlib
 import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Iterable
@@ -198,7 +199,7 @@ class Shards:
 
   def _open(self, name: str):
     path = safe_path(self.folder, name)
-    if not path.exists():
+    if not os.path.exists(path):  # or no file can be called so
       pickles = sorted(
           p.name for p in self.folder.glob("*")
           if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
