@@ -304,10 +304,17 @@ def _report(command: CommandLine) -> None:
 def _worth_showing(record) -> bool:
   """Orbax tells every step of a save, and errors that `checkpoints` raises; its
   warnings are enough, but one of every save that there is nothing to merge."""
-  if record.name == "asyncio":  # of each file of a save that failed
-    return False
+  if record.name == "asyncio":  # each file of a save that failed
+    return "async_serialize" not in record.getMessage()
   return "orbax" not in record.pathname or (
       record.levelno == 30 and "ocdbt_utils" not in record.pathname)
+
+
+def _unraisable(found) -> None:
+  """Tells what could not be raised, but not what each file of a save has to
+  say when the error of one has ended all."""
+  if "Event loop is closed" not in str(found.exc_value):
+    sys.__unraisablehook__(found)
 
 
 def _fail(error: errors.McpoError, argv: list[str]) -> NoReturn:
@@ -327,6 +334,7 @@ def main() -> None:
   argv = sys.argv[1:]
   if "serve" not in argv:  # which has nothing to save
     preempt.listen()
+  sys.unraisablehook = _unraisable
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logging.get_absl_handler().addFilter(_worth_showing)

@@ -1,6 +1,5 @@
 """A disk that fills under a run: it stops, loses nothing, and goes on."""
 
-import re
 import subprocess
 import time
 
@@ -33,8 +32,7 @@ def test_a_run_stops_when_its_disk_is_full_and_goes_on_when_there_is_room(
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 6, said[-3000:]
     assert "error[ckpt.disk_full]" in said and "bytes free" in said
-    # Threads of the library that saves may tell what its own error closed.
-    assert not re.search(r'File "[^"]*mcpo_jax/', said), said[-6000:]
+    assert "Traceback" not in said, said[-6000:]
     there = sorted(int(p.parent.name)
                    for p in steps.glob(f"*/{commit.MANIFEST}"))
     for step in there:
