@@ -274,7 +274,8 @@ def _tokenise(
   """Tokenises, cuts and merges one record; None if a policy skips it."""
   where = record.where
   # Of what a model wrote and did not end; ids are taken as they come.
-  unended = [] if "completion_ids" in record.columns else [
+  ids = record.prompt == "" and "completion_ids" in record.columns
+  unended = [] if ids else [
       k for k, reason in enumerate(record.columns.get("finish_reasons") or [])
       if reason == "length"]
   encoded = tokenizer.encode_record(record)
