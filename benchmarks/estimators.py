@@ -212,16 +212,22 @@ def draw_figure(found, sizes: list[int], path: pathlib.Path) -> None:
   matplotlib.use("agg")
   import matplotlib.pyplot as plt
 
+  shown = [name for name in found
+           if "from the model" not in name and name != "CD: four draws"]
   figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
   for axis, which in zip(axes, Figures._fields):
-    for name, columns in found.items():
-      means = [np.mean([getattr(f, which) for f in c]) for c in columns]
-      if max(means) > 1e-9:
-        axis.plot(sizes, means, marker="o", label=name)
-    axis.set(xscale="log", yscale="log", xlabel="candidates L",
-             title=f"{which}, over the length of grad log Z")
-    axis.set_xticks(sizes, list(map(str, sizes)), minor=False)
+    for color, name in enumerate(shown):
+      axis.plot(
+          sizes, [np.mean([getattr(f, which) for f in column])
+                  for column in found[name]],
+          marker="o", color=f"C{color}", label=name,
+          linestyle="--" if color >= 10 else "-")
+    axis.set_xscale("log")
+    axis.set_xticks(sizes, list(map(str, sizes)))
     axis.minorticks_off()
+    axis.set(xlabel="candidates L",
+             title=f"{which}, over the length of grad log Z")
+  axes[0].set_yscale("log")
   figure.legend(*axes[1].get_legend_handles_labels(), fontsize=8,
                 loc="outside right center")
   figure.savefig(path, dpi=110)

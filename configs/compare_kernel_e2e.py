@@ -23,6 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.compare.rows = (
       "MC-PO",
+      "temperature 1 | kernel.temperature=1.0",
       "temperature 3 | kernel.temperature=3.0",
       "temperature 0.1 | kernel.temperature=0.1",
       "M = 2 | kernel.num_negatives=2",
