@@ -5,9 +5,13 @@ candidates in one step, weighted by the reward) with one setting changed: the
 temperature, the number of negatives M, the number of candidates L that one is
 drawn from, the steps k of the chain, what weighs a candidate.
 
-Data: as `e2e.py`. Hardware: 2 CPU cores, 4 GB. Command:
+All rows and seeds have one start. Data: as `e2e.py`. Hardware: 2 CPU cores,
+4 GB. Commands:
 
+  python -m mcpo_jax train --config=configs/compare_kernel_e2e.py \
+      --config.stages=sft --workdir=runs/e2e_start
   python -m mcpo_jax compare --config=configs/compare_kernel_e2e.py \
+      --config.model.path=runs/e2e_start/sft/model \
       --workdir=runs/compare_kernel_e2e
 """
 
@@ -19,7 +23,7 @@ from configs import e2e
 def get_config() -> ml_collections.ConfigDict:
   """Returns the locked config."""
   config = e2e.get_config()
-  config.stages = ("sft", "preference", "evaluate")
+  config.stages = ("preference", "evaluate")
 
   config.compare.rows = (
       "MC-PO",
@@ -29,11 +33,11 @@ def get_config() -> ml_collections.ConfigDict:
       "M = 2 | kernel.num_negatives=2",
       "M = 4 | kernel.num_negatives=4",
       "L = 2 | kernel.block_size=2",
+      "L = 4 | kernel.block_size=4",
       "k = 2 | kernel.num_steps=2 kernel.block_size=2",
       "weighed by log-prob | kernel.score=policy_logp",
       "weighed by reward per token | kernel.score=reward_per_token",
   )
   config.compare.reference = "MC-PO"
   config.compare.seeds = (0, 1, 2)
-  config.compare.jobs = 2
   return config

@@ -6,9 +6,12 @@ evaluated on TruthfulQA: its questions are these.
 
 Data: kwise/truthfulqa of the project's data folder, expected beside the
 checkout; elsewhere, give data.path and sft.data_path. Hardware: 2 CPU cores,
-4 GB. Command:
+4 GB; a run takes about a minute. Commands:
 
+  python -m mcpo_jax train --config=configs/compare_truthfulqa.py \
+      --config.stages=sft --workdir=runs/truthfulqa_start
   python -m mcpo_jax compare --config=configs/compare_truthfulqa.py \
+      --config.model.path=runs/truthfulqa_start/sft/model \
       --workdir=runs/compare_truthfulqa
 """
 
