@@ -1,8 +1,9 @@
 """What devices send each other, as far as a compiled program's text names it.
 
 The text of a partitioned program has the shapes of one device. A scanned body
-stands in it once; here it counts as often as it runs. What the TPU compiler
-has put into kernels of its own is not seen, so there this is a lower bound.
+stands in it once; here it counts as often as it runs. The TPU compiler turns
+gathers and scatters beside a product into loops of permutes ("windowed"),
+which are counted as what they are: permutes.
 """
 
 import math
@@ -32,16 +33,18 @@ class Collective(NamedTuple):
   kind: str  # a name of _KINDS
   payload: int  # bytes of the whole array: gathered, or not yet scattered
   times: int  # that it runs
-  members: tuple[int, ...]  # devices of its first group
+  groups: tuple[tuple[int, ...], ...]  # of devices; of a permute all its pairs,
+  # of others the first, which the rest are like
 
   @property
   def group(self) -> int:
     """Devices that take part together."""
-    return len(self.members)
+    return len(self.groups[0])
 
   def crosses(self, slice_size: int) -> bool:
     """Whether a group has devices of several slices."""
-    return len({i // slice_size for i in self.members}) > 1
+    return any(len({i // slice_size for i in group}) > 1
+               for group in self.groups)
 
   @property
   def traffic(self) -> float:
@@ -92,11 +95,11 @@ def count(text: str, num_devices: int) -> list[Collective]:
   return found
 
 
-def payloads(collectives: list[Collective]) -> dict[str, int]:
-  """Bytes of each kind, in all runs."""
-  out: dict[str, int] = {}
+def received(collectives: list[Collective]) -> dict[str, float]:
+  """Bytes that a device receives, by kind, in all runs."""
+  out: dict[str, float] = {}
   for one in collectives:
-    out[one.kind] = out.get(one.kind, 0) + one.times * one.payload
+    out[one.kind] = out.get(one.kind, 0) + one.traffic
   return out
 
 
@@ -110,7 +113,7 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
       if head and not line.startswith("HloModule"):
         lines = computations[head[2]] = []
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
+    elif line.rstrip() == "}":  # "}}, metadata=..." ends an attribute
       lines = None
     elif _INSTRUCTION.match(line):
       lines.append(line)
@@ -119,13 +122,43 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
 
 def _trips(line: str, computations: dict[str, list[str]]) -> int:
   """How often what an instruction calls is run: of a loop as often as it says,
-  or as its condition counts up to a constant."""
+  or as its condition and its body count, from zero to a constant."""
   if found := _TRIPS.search(line):
     return int(found[1])
-  condition = re.search(r"condition=%?([\w.\-]+)", line)
-  lines = "\n".join(computations.get(condition[1], ())) if condition else ""
-  limits = re.findall(r" [su]32\[\]\S* constant\((\d+)\)", lines)
-  return int(limits[0]) if len(limits) == 1 and "direction=LT" in lines else 1
+  called = dict(re.findall(r"(condition|body)=%?([\w.\-]+)", line))
+  condition = _definitions(computations.get(called.get("condition"), ()))
+  limit = re.search(
+      r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT",
+      condition.get("ROOT", ""))
+  if not limit:
+    return 1
+  counter = re.search(r"index=(\d+)", condition.get(limit[1], ""))
+  end = _constant(condition.get(limit[2], ""))
+  if not counter or not end:
+    return 1
+  body = _definitions(computations.get(called.get("body"), ()))
+  carried = re.findall(
+      r"%([\w.\-]+)", body.get("ROOT", "").partition(" tuple(")[2])
+  step = 1  # unless the body adds another constant
+  if len(carried) > int(counter[1]):
+    added = re.search(r" add\(%?([\w.\-]+), %?([\w.\-]+)\)",
+                      body.get(carried[int(counter[1])], ""))
+    numbers = [_constant(body.get(name, "")) for name in (
+        added.groups() if added else ())]
+    step = max(filter(None, numbers), default=1)
+  return -(-end // step)
+
+
+def _definitions(lines: list[str]) -> dict[str, str]:
+  """Name -> instruction; "ROOT" -> what the computation gives."""
+  found = {_INSTRUCTION.match(line)[1]: line for line in lines}
+  return found | {
+      "ROOT": line for line in lines if line.lstrip().startswith("ROOT ")}
+
+
+def _constant(line: str) -> int | None:
+  found = re.search(r" [su]32\[\]\S* constant\((\d+)\)", line)
+  return int(found[1]) if found else None
 
 
 def _collective(
@@ -134,7 +167,7 @@ def _collective(
   result, _, rest = line.partition(f" {kind}")
   arrays = [_bytes(*array) for array in _ARRAY.findall(result)
             if array[1] or not rest.startswith("-start")]  # no context words
-  members = _members(line, num_devices)
+  groups = _groups(line, num_devices)
   if rest.startswith("-start") and kind != "all-reduce" and len(arrays) > 1:
     # (operands, results, ...): of both halves the larger one is whole.
     half = len(arrays) // 2
@@ -142,8 +175,8 @@ def _collective(
   else:
     whole = sum(arrays)
     if kind == "reduce-scatter":
-      whole *= len(members)
-  return Collective(kind, whole, times, members)
+      whole *= len(groups[0])
+  return Collective(kind, whole, times, groups)
 
 
 def _numbers(text: str) -> list[int]:
@@ -155,22 +188,26 @@ def _bytes(kind: str, sizes: str) -> int:
   return math.prod(_numbers(sizes)) * bits // 8
 
 
-def _members(line: str, num_devices: int) -> tuple[int, ...]:
-  """Devices of the first replica group, in any of the ways to write them."""
-  if found := re.search(r"(?:replica_groups|pairs)=\{\{([\d,]*)\}", line):
-    return tuple(_numbers(found[1]))
+def _groups(line: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
+  """All pairs of a permute, else the first group, in any of the ways to write
+  them."""
+  if found := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", line):
+    return tuple(tuple(_numbers(pair)) for pair in found[1].split("},"))
+  if found := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    return (tuple(_numbers(found[1])),)
+  ids = np.arange(num_devices)
   # [groups, devices of each]<=[sizes]T(order)
   if found := re.search(
       r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-    ids = np.arange(num_devices).reshape(_numbers(found[2]))
+    ids = ids.reshape(_numbers(found[2]))
     ids = ids.transpose(_numbers(found[3]) if found[3] else range(ids.ndim))
-    return tuple(map(int, ids.reshape(_numbers(found[1]))[0]))
+    ids = ids.reshape(_numbers(found[1]))[0]
   # mesh['name'=size, ...] {'name', ...}
-  if found := re.search(r"replica_groups=\w+\[([^\]]*)\]\s*\{([^}]*)\}", line):
+  elif found := re.search(
+      r"replica_groups=\w+\[([^\]]*)\]\s*\{([^}]*)\}", line):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
     inside = re.findall(r"'(\w+)'", found[2])
-    ids = np.arange(num_devices).reshape([int(n) for n in sizes.values()])
+    ids = ids.reshape([int(n) for n in sizes.values()])
     for axis, name in reversed(list(enumerate(sizes))):
       ids = ids if name in inside else ids.take(0, axis)
-    return tuple(map(int, ids.reshape(-1)))
-  return tuple(range(num_devices))
+  return (tuple(map(int, ids.reshape(-1))),)

@@ -1,9 +1,8 @@
 """The verb plan: what a config needs of devices that are not here, and costs.
 
 Lengths are the longest that the config allows. Times are a roofline's: products
-at the devices' peak, memory at its bandwidth, collectives, where the program
-names them, at the speed of all links; at least the largest of the three, at
-most their sum.
+at the devices' peak, memory at its bandwidth, collectives at the speed of all
+links; at least the largest of the three, at most their sum.
 """
 
 import json
@@ -97,6 +96,7 @@ def plan(
     print("\n".join(lines), flush=True)
     lines.clear()
 
+  values |= {f"plan/{name}_bytes": n for name, n in memory._asdict().items()}
   show(*_memory_lines(memory, target.device))
   if memory.resident >= target.device.memory:
     raise refuse(memory.resident, target, "weights, optimizer, gradients and "
@@ -117,7 +117,7 @@ def plan(
   show(*_cost_lines(config, target, model, stage, batch, functions, memory,
                     compiled, price, values))
   if _samples(config):
-    _plan_sampling(config, target, model, memory, values, show)
+    _plan_sampling(config, target, model, memory, price, values, show)
   if workdir is not None:
     workdir.mkdir(parents=True, exist_ok=True)
     commit.write_file(workdir / "summary.json", json.dumps(values, indent=1))
@@ -213,7 +213,8 @@ def own_bytes(
   return max(0, program.peak - min(counted, memory.resident))
 
 
-def _plan_sampling(config, target, model, memory, values, show) -> None:
+def _plan_sampling(
+    config, target, model, memory, price, values, show) -> None:
   """Compiles the sampler's functions, says what they hold and how fast they
   can be.
 
@@ -252,9 +253,14 @@ def _plan_sampling(config, target, model, memory, values, show) -> None:
   gathered = weights * (1 - 1 / model.mesh.shape["fsdp"])
   step = Time(2 * count * slots / target.num_devices / device.flops,
               (weights + cache) / device.bandwidth, gathered / device.links)
-  show(f"  a token of all {slots}: {step}; at most "
-       f"{slots / step.least:.4g} tokens/s")
-  values["plan/sampling_tokens_per_sec"] = slots / step.least
+  fastest = slots / step.least
+  held = config["evaluation"]["num_prompts"] or 1000
+  hours = held * samples * length / fastest / 3600
+  show(f"  a token of all {slots}: {step}; at most {fastest:.4g} tokens/s",
+       f"  the samples of an evaluation of {held:,} prompts: at least "
+       f"{_hours(hours, target, price)}")
+  values |= {"plan/sampling_tokens_per_sec": fastest,
+             "plan/evaluation_sampling_hours": hours}
 
 
 # --- what is said -------------------------------------------------------------
@@ -271,6 +277,12 @@ def refuse(
 
 def _gib(size: float) -> str:
   return f"{size / devices.GIB:.2f} GiB"
+
+
+def _hours(hours: float, target: topology.Topology, price: float | None) -> str:
+  money = "" if price is None else (
+      f", {hours * target.num_chips * price:,.2f} at {price:g} a chip-hour")
+  return f"{hours:.2f} hours{money}"
 
 
 def _header(config, target, model, stage, batch):
@@ -365,12 +377,13 @@ def _cost_lines(config, target, model, stage, batch, functions, memory,
     times[part] = Time(
         asked.get(part, 0) / (1 - pad) / target.num_devices / device.flops,
         moved / device.bandwidth, runs * links)
-    kinds = ", ".join(f"{kind} {_gib(size)}" for kind, size in sorted(
-        collectives.payloads(program.collectives).items())
-        if size > 2**20)
+    kinds = collectives.received(program.collectives)
+    told = ", ".join(f"{kind} {_gib(size)}" for kind, size in sorted(
+        kinds.items()) if size > 2**20)
+    values[f"plan/{part}/received_bytes"] = round(sum(kinds.values()))
     lines.append(f"  {part:9} {runs:6.1f} x, {work.get(part, 0) / 1e12:.4g} "
                  f"TFLOP, padding {pad:.1%}, {times[part]}")
-    lines.append(f"  {'':9} a run sends, by name, {kinds or 'nothing'}")
+    lines.append(f"  {'':9} a run brings a device {told or 'nothing'}")
   used = sum(np.count_nonzero(c.prompt_slot >= 0) for part in compiled
              if part in chunks for c in chunks[part])
   least = sum(t.least for t in times.values())
@@ -383,28 +396,31 @@ def _cost_lines(config, target, model, stage, batch, functions, memory,
       "of the peak",
       "  (a roofline: every part at its peak, overlapped or one after the "
       "other; prompts and completions of the longest lengths)"]
-  values |= {"plan/step_seconds_least": least, "plan/step_seconds_most": most,
-             "plan/flops": useful}
+  values |= {
+      "plan/step_seconds_least": least, "plan/step_seconds_most": most,
+      "plan/tokens_per_sec": used / most, "plan/flops": useful}
   forward = times.get("score", times["train"])
   if "score" not in times:
     forward = Time(*(x / 3 for x in forward))
-  costs = [(f"training on {ROWS:,} prompts", ROWS / stage.batch_size, most)]
-  if config["num_steps"] and stage.name == "preference":
-    costs = [(f"the {stage.num_steps} updates", stage.num_steps, most)]
-  costs.append((f"the reference pass over {ROWS:,} prompts",
-                ROWS / stage.batch_size, forward.most))
   held = config["evaluation"]["num_prompts"] or 1000
-  costs.append((f"an evaluation of {held:,} prompts",
-                held / stage.batch_size, forward.most))
-  for what, number, seconds in costs:
-    hours = number * seconds / 3600
-    money = "" if price is None else (
-        f", {hours * target.num_chips * price:,.2f} at {price:g} a chip-hour")
-    lines.append(f"{what}: {hours:.2f} hours{money}")
+  costs = {
+      "training": (f"training on {ROWS:,} prompts", ROWS, most),
+      "reference": (f"the reference pass over {ROWS:,} prompts", ROWS,
+                    forward.most),
+      "evaluation": (f"the log-probs of an evaluation of {held:,} prompts",
+                     held, forward.most)}
+  if config["num_steps"] and stage.name == "preference":
+    costs["training"] = (f"the {stage.num_steps} updates",
+                         stage.num_steps * stage.batch_size, most)
+  for name, (what, prompts, seconds) in costs.items():
+    hours = prompts / stage.batch_size * seconds / 3600
+    lines.append(f"{what}: {_hours(hours, target, price)}")
+    values[f"plan/{name}_hours"] = hours
   state = programs.size(functions.state_shapes)
   hosts = max(1, target.num_chips // _HOST.get(target.chip, 4))
   lines.append(
       f"a checkpoint: {state / 1e9:.1f} GB, {state / hosts / DISK:.0f} s to "
       f"write at {DISK / 1e9:g} GB/s a host, {hosts} hosts")
-  values["plan/checkpoint_bytes"] = state
+  values |= {"plan/checkpoint_bytes": state,
+             "plan/checkpoint_seconds": state / hosts / DISK}
   return lines
