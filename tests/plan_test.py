@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import training_cases as cases
 
-from mcpo_jax import errors, main, sharding
+from mcpo_jax import devices, errors, main, sharding
 from mcpo_jax.generation import engine
 from mcpo_jax.generation.sampling import Sampling
 from mcpo_jax.models import config as config_lib
@@ -197,6 +197,60 @@ def test_what_cannot_be_is_said_before_compiling(
     plan(tmp_path, name, *overrides)
   assert caught.value.slug == slug
   assert all(number in str(caught.value) for number in numbers)
+
+
+TINY = {
+    "model_type": "llama", "vocab_size": 384, "hidden_size": 32,
+    "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_step_that_needs_too_much_is_refused_with_what_fits_instead(
+    tmp_path, monkeypatch):
+  """Compiled for simulated devices, whose memory is what the test says."""
+  (tmp_path / "config.json").write_text(json.dumps(TINY))
+  monkeypatch.setattr(topology, "open_devices", lambda _: jax.devices()[:2])
+
+  def planned(memory, streams):
+    monkeypatch.setitem(devices.DEVICES, "h100", devices.DEVICES[
+        "h100"]._replace(memory=memory))
+    config = main.read_config(main.parse([
+        "plan", f"--config={ROOT / 'configs' / 'llama3_8b_nectar_mcpo.py'}",
+        f"--config.model.path={tmp_path}", "--config.batch_size=6",
+        "--config.data.stream_length=32768",
+        "--config.data.max_prompt_length=32",
+        "--config.data.max_completion_length=32",
+        "--config.data.eval_fraction=0.0",
+        f"--config.data.num_streams={streams}"]))
+    verb.plan(config, "h100:2", None, tmp_path)
+    found = json.loads((tmp_path / "summary.json").read_text())
+    return max(found[f"plan/{part}/peak_bytes"] for part in ("score", "train"))
+
+  limit = planned(2**30, 2)
+  with pytest.raises(errors.ResourceError) as caught:
+    planned(limit, 4)
+  assert caught.value.slug == "plan.memory"
+  told = str(caught.value)
+  assert "the function score does not fit a device of h100:2" in told
+  assert "fits with --config.data.num_streams=2 --config.model.remat=full" in (
+      told)
+  with pytest.raises(errors.ResourceError, match="no smaller chunk fits"):
+    planned(limit - 1, 2)
+
+
+def test_what_the_tpu_compiler_finds_too_large_comes_back_as_not_fitting():
+  pytest.importorskip("libtpu", reason="needs the TPU compiler, libtpu")
+  topology.prepare(os.environ)
+  mesh = sharding.make_mesh(data=1, fsdp=1, tensor=1, devices=(
+      topology.open_devices(topology.parse("v5e:1x1"))))
+  x = programs.place(jax.ShapeDtypeStruct((2**15, 2**15), np.float32),
+                     sharding.replicated(mesh))
+  product = jax.jit(lambda x: (x @ x, x.T @ x, x @ x.T, x.T @ x.T))
+  program = programs.compile_program("product", product, (x,), mesh)
+  assert not program.fits
+  # The argument, four products, and one transposed.
+  assert program.peak == pytest.approx(6 * 2**32, rel=0.01)
 
 
 def test_the_8b_step_fits_sixteen_chips_of_v5e(tmp_path, capsys):

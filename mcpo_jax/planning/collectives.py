@@ -151,9 +151,12 @@ def _trips(line: str, computations: dict[str, list[str]]) -> int:
 
 def _definitions(lines: list[str]) -> dict[str, str]:
   """Name -> instruction; "ROOT" -> what the computation gives."""
-  found = {_INSTRUCTION.match(line)[1]: line for line in lines}
-  return found | {
-      "ROOT": line for line in lines if line.lstrip().startswith("ROOT ")}
+  found = {}
+  for line in lines:
+    found[_INSTRUCTION.match(line)[1]] = line
+    if line.lstrip().startswith("ROOT "):
+      found["ROOT"] = line
+  return found
 
 
 def _constant(line: str) -> int | None:

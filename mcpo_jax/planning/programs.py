@@ -74,6 +74,12 @@ def size_on_device(tree: Any) -> int:
       if x.sharding.memory_kind != "pinned_host")
 
 
+def held(arguments: tuple) -> int:
+  """Bytes that one device holds of a function's large arguments."""
+  return sum(size_on_device(x) for x in jax.tree.leaves(arguments)
+             if isinstance(x, jax.ShapeDtypeStruct) and x.size > 2**16)
+
+
 def size(tree: Any) -> int:
   """Bytes of a tree of shapes, whole."""
   return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
@@ -146,7 +152,7 @@ def compile_program(
   except jax.errors.JaxRuntimeError as e:
     if "RESOURCE_EXHAUSTED" not in str(e):
       raise
-    return Program(name, _needed(str(e)), False, [],
+    return Program(name, _needed(str(e), arguments), False, [],
                    time.perf_counter() - begin, "")
   text = compiled.as_text()
   return Program(
@@ -154,8 +160,12 @@ def compile_program(
       collectives.count(text, mesh.size), time.perf_counter() - begin, text)
 
 
-def _needed(message: str) -> int:
-  """Bytes that a program would have needed, of the compiler's message."""
-  found = re.search(r"Used ([\d.]+)([KMGT]?) of", message)
-  return int(float(found[1]) * 1024 ** " KMGT".index(found[2] or " ")) if (
-      found) else 0
+def _needed(message: str, arguments: tuple) -> int:
+  """Bytes that a program would have needed, of the compiler's message: of all,
+  or of what it makes beside its arguments; 0 if it does not say."""
+  found = re.search(r"(Used |temporaries \()([\d.]+)([KMGT]?)", message)
+  if not found:
+    return 0
+  beside = held(arguments) if found[1] != "Used " else 0
+  return beside + int(
+      float(found[2]) * 1024 ** " KMGT".index(found[3] or " "))

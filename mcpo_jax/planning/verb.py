@@ -100,7 +100,7 @@ def plan(
   show(*_memory_lines(memory, target.device))
   if memory.resident >= target.device.memory:
     raise refuse(memory.resident, target, "weights, optimizer, gradients and "
-                 "copies alone", _more_devices(memory, target))
+                 "copies alone do not fit", _more_devices(memory, target))
   compiled = {}
   for part, found in parts.items():
     compiled[part] = programs.compile_program(part, *found, model.mesh)
@@ -111,8 +111,9 @@ def plan(
          f"{compiled[part].seconds:.0f} s)")
     if not compiled[part].fits or own + memory.resident > target.device.memory:
       raise refuse(
-          own + memory.resident, target, f"the function {part}",
-          _advice(config, target, model, stage, batch, memory))
+          own + memory.resident, target, f"the function {part} does not fit",
+          _more_devices(memory, target) if part == "update"
+          else _advice(part, target, model, stage, batch, memory))
     values[f"plan/{part}/peak_bytes"] = own + memory.resident
   show(*_cost_lines(config, target, model, stage, batch, functions, memory,
                     compiled, price, values))
@@ -206,11 +207,8 @@ def own_bytes(
 ) -> int:
   """What a function needs beside what lies there anyway: its peak without
   those of its arguments that are counted as resident."""
-  counted = sum(
-      programs.size_on_device(x) for argument in arguments
-      for x in jax.tree.leaves(argument)
-      if isinstance(x, jax.ShapeDtypeStruct) and x.size > 2**16)
-  return max(0, program.peak - min(counted, memory.resident))
+  return max(
+      0, program.peak - min(programs.held(arguments), memory.resident))
 
 
 def _plan_sampling(
@@ -242,7 +240,8 @@ def _plan_sampling(
          f"{_gib(own + memory.resident)} of {_gib(device.memory)} (compiled "
          f"in {program.seconds:.0f} s)")
     if not program.fits or own + memory.resident > device.memory:
-      raise refuse(own + memory.resident, target, f"the function {part}",
+      raise refuse(own + memory.resident, target,
+                   f"the function {part} does not fit",
                    "shorter data.max_completion_length, or a sampler on "
                    "devices of its own (generation.num_devices)")
     values[f"plan/{part}/peak_bytes"] = own + memory.resident
@@ -270,7 +269,7 @@ def refuse(
     needed: int, target: topology.Topology, what: str, advice: str
 ) -> errors.ResourceError:
   return errors.ResourceError(
-      "plan.memory", f"{what} do not fit a device of {target.name}",
+      "plan.memory", f"{what} a device of {target.name}",
       where="--topology", got=f"{_gib(needed)} a device",
       want=f"at most {_gib(target.device.memory)}", hint=advice)
 
@@ -316,7 +315,7 @@ def _more_devices(memory: Memory, target: topology.Topology) -> str:
           "(lora.rank), optimizer.offload, or bfloat16 weights")
 
 
-def _advice(config, target, model, stage, batch, memory) -> str:
+def _advice(part, target, model, stage, batch, memory) -> str:
   """What fits instead, tried out: recomputation, then smaller chunks."""
   parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
   tries = [] if model.remat == "full" else [(model.num_streams, "full")]
@@ -327,15 +326,19 @@ def _advice(config, target, model, stage, batch, memory) -> str:
   for streams, remat in tries:
     less = model._replace(num_streams=streams, remat=remat)
     found = programs.training_programs(
-        stage, less, stage_lib.make_functions(stage, less), batch)["train"]
-    program = programs.compile_program("train", *found, model.mesh)
-    own = own_bytes(program, found[1], memory)
-    logging.info("tried num_streams=%d remat=%s: %s", streams, remat,
-                 _gib(own + memory.resident))
-    if program.fits and own + memory.resident <= target.device.memory:
+        stage, less, stage_lib.make_functions(stage, less), batch)
+    peaks = []
+    for name in dict.fromkeys((part, "train")):
+      program = programs.compile_program(name, *found[name], model.mesh)
+      peaks.append(own_bytes(program, found[name][1], memory) + memory.resident)
+      if not program.fits or peaks[-1] > target.device.memory:
+        break
+    else:
       return (f"it fits with --config.data.num_streams={streams} "
-              f"--config.model.remat={remat} ({_gib(own + memory.resident)}), "
+              f"--config.model.remat={remat} ({_gib(max(peaks))}), "
               "the batch in more and smaller chunks")
+    logging.info("tried num_streams=%d remat=%s: %s", streams, remat,
+                 _gib(peaks[-1]))
   return ("no smaller chunk fits either: a shorter data.stream_length, or "
           + _more_devices(memory, target))
 
