@@ -68,6 +68,8 @@ a whole vocabulary is in a gather or a sum (`tests/plan_test.py` for both).
 def run(name: str) -> dict:
   """The numbers of one topology, with its command and what made them."""
   price, overrides = TOPOLOGIES[name]
+  commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
+                          text=True, stdout=subprocess.PIPE).stdout.strip()
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
     (folder / "config.json").write_text(json.dumps(LLAMA_8B))
@@ -84,8 +86,6 @@ def run(name: str) -> dict:
       sys.exit(f"the plan of {name} ended with {told.returncode}")
     found = json.loads((folder / "out" / "summary.json").read_text())
   compiler = "jax-cuda13-plugin" if name.startswith("h") else "libtpu"
-  commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT,
-                          text=True, stdout=subprocess.PIPE).stdout.strip()
   return {"made_by": f"commit {commit}, jax {metadata.version('jax')}, "
           f"{compiler} {metadata.version(compiler)}, Python "
           f"{platform.python_version()}", "text": told.stdout.splitlines(),
