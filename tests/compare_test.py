@@ -406,6 +406,7 @@ def test_rows_with_seeds_of_their_own_are_paired_by_those_they_share(tmp_path):
 # The whole, once.
 
 
+@pytest.mark.nightly
 def test_a_killed_comparison_goes_on_to_the_end(tmp_path):
   flags = run_cases.write_data(tmp_path / "data")
   command = run_cases.command(

@@ -1,5 +1,6 @@
 """Test set-up: CPU, eight simulated devices, where the shared files lie."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -59,6 +60,19 @@ def shared() -> pathlib.Path:
   if not (SHARED / "data").is_dir():
     pytest.skip(f"needs the shared data folder, not found at {SHARED}")
   return SHARED
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+  """Forgets compiled programs before their memory maps reach Linux's limit.
+
+  Each holds some seven of 65,530; a process that needs one more is aborted.
+  """
+  yield
+  maps = pathlib.Path("/proc/self/maps")
+  if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

@@ -47,8 +47,7 @@ def test_a_notebook_ships_bare_and_says_how_long_it_takes(path):
   assert '"google.colab" in sys.modules' in code[0].source
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in NOTEBOOKS if p.stem != ONLINE], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_the_cells_run_as_shipped(path, tmp_path):
   notebook = _client(path, tmp_path).execute(env=_environment(tmp_path))
   outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
@@ -57,6 +56,7 @@ def test_the_cells_run_as_shipped(path, tmp_path):
     assert "preference: 100%" in "".join(_printed(notebook, "stderr"))
 
 
+@pytest.mark.nightly
 def test_interrupted_then_killed_it_ends_as_if_nothing_had_happened(tmp_path):
   path = run_cases.ROOT / "notebooks" / f"{ONLINE}.ipynb"
   env = _environment(tmp_path / "cache")

@@ -114,6 +114,7 @@ def test_every_candidate_says_where_it_came_from(unbroken):
   assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_run_stopped_in_a_round_keeps_the_parts_that_are_done(home, unbroken):
   """The third round is sampled in parts of 4, 4 and 2 prompts."""
   parts = "--config.online.prompts_per_part=4"
@@ -171,9 +172,9 @@ def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
     ("spin", ["--config.objective.name=spin", "--config.kernel.strategy=random",
               "--config.online.preferred=data", "--config.reward.name=None",
               "--config.online.num_candidates=2"]),
-    ("inpo rounds", ["--config.objective.name=inpo",
-                     "--config.kernel.strategy=random",
-                     "--config.online.num_candidates=3"]),
+    pytest.param("inpo rounds", [
+        "--config.objective.name=inpo", "--config.kernel.strategy=random",
+        "--config.online.num_candidates=3"], marks=pytest.mark.nightly),
     ("rso, half offline", [
         "--config.objective.name=rso", "--config.kernel.strategy=random",
         "--config.online.rejection_beta=0.5", "--config.online.num_samples=5",
@@ -182,13 +183,15 @@ def test_a_run_with_a_lag_and_moving_weights_goes_on_where_it_was_killed(home):
                 "--config.kernel.strategy=random",
                 "--config.online.mixture=0.25",
                 "--config.online.num_candidates=2"]),
-    ("corrected", ["--config.proposal.correction=True",
-                   "--config.data.eval_fraction=0.2"]),
-    ("accelerated", ["--config.objective.name=dpo",
-                     "--config.kernel.strategy=random",
-                     "--config.reference.source=previous_round",
-                     "--config.online.extrapolation=0.3",
-                     "--config.online.judge=online_rewards:shortest"]),
+    pytest.param("corrected", [
+        "--config.proposal.correction=True", "--config.data.eval_fraction=0.2",
+        ], marks=pytest.mark.nightly),
+    pytest.param("accelerated", [
+        "--config.objective.name=dpo", "--config.kernel.strategy=random",
+        "--config.reference.source=previous_round",
+        "--config.online.extrapolation=0.3",
+        "--config.online.judge=online_rewards:shortest",
+        ], marks=pytest.mark.nightly),
 ])
 def test_methods_of_rounds_run_from_a_config(home, name, flags):
   flags = ["--config.kernel.temperature=None", "--config.num_steps=4", *flags]
