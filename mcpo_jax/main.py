@@ -114,7 +114,7 @@ def parse(argv: list[str]) -> CommandLine:
 def read_config(command: CommandLine) -> dict[str, Any]:
   """The resolved config of a command: file, overrides, checks, defaults.
 
-  A workdir that holds a run's config is read if no --config was given.
+  Without --config it is that of the run in the workdir, with the overrides.
 
   Raises:
     ConfigError or an ErrorGroup of them; CheckpointError: ckpt.none.
@@ -128,11 +128,12 @@ def read_config(command: CommandLine) -> dict[str, Any]:
         hint="run `train` first")
   if "config" not in command.flags:
     if workdir and saved.is_file():
-      if command.overrides:
-        raise errors.ConfigError(
-            "config.unused", "the config of the workdir is read as it is",
-            where=command.overrides[0][0], hint="give --config=FILE too")
-      return settings.check_saved(settings.read_saved(saved), saved)
+      config = settings.check_saved(settings.read_saved(saved), saved)
+      if not command.overrides:
+        return config
+      return config_file.resolve(  # the default one knows the fields' types
+          config_file.load("configs/default.py"),
+          [*settings.flatten(config).items(), *command.overrides])
     raise errors.ConfigError("config.missing", "no config given",
                              where="--config", hint="--config=configs/FILE.py")
   return config_file.resolve(

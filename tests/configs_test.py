@@ -2,12 +2,13 @@
 
 import ast
 import importlib
+import json
 import pathlib
 import re
 
 import pytest
 
-from mcpo_jax import settings
+from mcpo_jax import errors, main, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -35,6 +36,30 @@ def test_is_locked(name):
 def test_has_the_keys_of_default_and_passes_the_checks(name):
   assert _flat(name).keys() == _flat("default").keys()
   settings.resolve(_load(name).to_dict())
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("strategy", ["random", "max", None])
+def test_a_workdirs_config_is_read_back_with_what_is_typed(
+    name, strategy, tmp_path):
+  config = _load(name)
+  if strategy and config.objective.name == "mcpo":
+    config.kernel.strategy = strategy
+    config.kernel.temperature = None
+  saved = settings.resolve(config.to_dict())
+  (tmp_path / "config.json").write_text(json.dumps(
+      {"version": settings.CONFIG_VERSION, "config": saved}))
+  got = main.read_config(main.parse([
+      "evaluate", f"--workdir={tmp_path}",
+      "--config.benchmark.temperature=0.25",
+      "--config.evaluation.models=a=b,step:*"]))
+  saved["evaluation"]["models"] = ("a=b", "step:*")
+  saved["benchmark"]["temperature"] = 0.25
+  assert got == saved
+  with pytest.raises(errors.ConfigError, match="evaluation.modles") as caught:
+    main.read_config(main.parse([
+        "evaluate", f"--workdir={tmp_path}", "--config.evaluation.modles=a"]))
+  assert caught.value.slug == "config.unknown_key"
 
 
 def test_every_field_of_default_has_a_comment():

@@ -66,7 +66,8 @@ def _resolve_kernel(config, entry) -> list[errors.McpoError]:
       found += check_value(f"kernel.{key}", value, or_none(setting))
       if value is None:
         kernel[key] = setting.default
-    elif value is not None:
+    elif value is not None and (key, value) != (
+        "include_preferred", entry.include_preferred):  # as a saved config says
       found.append(errors.ConfigError(
           "config.unused", f"strategy {strategy} does not read it",
           where=f"kernel.{key}", got=value, want="leave it out"))
