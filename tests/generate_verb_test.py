@@ -295,9 +295,11 @@ def test_reasons_to_finish_are_checked(tok, tmp_path):
     with pytest.raises(errors.DataError) as caught:
       store(tok, tmp_path, [row | {"finish_reasons": reasons}])
     assert caught.value.slug == slug
-  data = store(tok, tmp_path, [row | {"finish_reasons": ["stop", "length"]}])
-  assert len(data.candidate_set(0).completions) == 1  # no token is no candidate
-  assert data.report["completions_without_tokens"] == 1
+  row["finish_reasons"] = ["stop", "length"]
+  for more in ({}, {"completion_ids": ["x", "y"]}):  # a column and no layout
+    data = store(tok, tmp_path / f"with {len(more)}", [row | more])
+    assert len(data.candidate_set(0).completions) == 1  # without a token: none
+    assert data.report["completions_without_tokens"] == 1
 
 
 def test_the_summary_counts_by_hand(written):

@@ -274,8 +274,8 @@ def _tokenise(
   """Tokenises, cuts and merges one record; None if a policy skips it."""
   where = record.where
   # Of what a model wrote and did not end; ids are taken as they come.
-  ids = record.prompt == "" and "completion_ids" in record.columns
-  unended = [] if ids else [
+  tokenised = record.prompt == "" and "completion_ids" in record.columns
+  unended = [] if tokenised else [
       k for k, reason in enumerate(record.columns.get("finish_reasons") or [])
       if reason == "length"]
   encoded = tokenizer.encode_record(record)
