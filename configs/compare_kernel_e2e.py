@@ -27,15 +27,15 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.compare.rows = (
       "MC-PO",
-      "temperature 1 | kernel.temperature=1.0",
       "temperature 3 | kernel.temperature=3.0",
-      "temperature 0.1 | kernel.temperature=0.1",
-      "M = 2 | kernel.num_negatives=2",
-      "M = 4 | kernel.num_negatives=4",
       "L = 2 | kernel.block_size=2",
-      "L = 4 | kernel.block_size=4",
-      "k = 2 | kernel.num_steps=2 kernel.block_size=2",
+      "M = 4 | kernel.num_negatives=4",
       "weighed by log-prob | kernel.score=policy_logp",
+      "k = 2 | kernel.num_steps=2 kernel.block_size=2",
+      "temperature 0.1 | kernel.temperature=0.1",
+      "temperature 1 | kernel.temperature=1.0",
+      "L = 4 | kernel.block_size=4",
+      "M = 2 | kernel.num_negatives=2",
       "weighed by reward per token | kernel.score=reward_per_token",
   )
   config.compare.reference = "MC-PO"

@@ -4,9 +4,8 @@ A 0.4M-parameter decoder imitates the most frequent answer of each question for
 a few epochs (longer, and it knows its questions by heart), then learns from the
 shares of people who gave each answer. All rows and seeds have one start. Rows
 differ from DPO with a random negative in the law of the negative or in the
-objective alone. What is compared is Spearman's correlation of the implicit
-reward and the shares within a held-out question, mean over questions, 0 at the
-start: pairs with the most frequent answer alone say too little.
+objective alone; what is compared is how often the most frequent answer of a
+held-out question gets a higher reward than one that fewer people gave.
 
 Data: kwise/protoqa of the project's data folder, expected beside the checkout;
 elsewhere, give data.path and sft.data_path. Hardware: 2 CPU cores, 4 GB; a run
@@ -51,7 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.evaluation.every_steps = 30
   config.checkpoint.every_steps = 90
 
-  config.compare.metric = "calibration/rank_correlation/aligned"
+  config.compare.metric = "eval/accuracy"
   config.compare.rows = (
       "DPO, random negative | objective.name=dpo kernel.strategy=random",
       "DPO, worst negative | objective.name=dpo",

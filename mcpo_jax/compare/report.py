@@ -30,6 +30,7 @@ FIGURES = {
     "ref_perplexity/aligned": "perplexity to the start",
     "eval/accuracy": "accuracy",
     "eval/margin": "margin",
+    "calibration/rank_correlation/aligned": "rank correlation",
 }
 
 
