@@ -59,8 +59,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Prompts per update, over all devices and hosts.
   config.batch_size = 16
   # Folder of the tokenised data and the reference log-probs, which runs share.
-  # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax, and where
-  # several processes share the workdir its own .cache/mcpo_jax.
+  # None: the environment's MCPO_CACHE, or else ~/.cache/mcpo_jax, and with
+  # several processes the workdir's own .cache/mcpo_jax.
   config.cache_dir = config_dict.placeholder(str)
 
   # --- Tokenizer --------------------------------------------------------------
@@ -571,7 +571,8 @@ def get_config() -> ml_collections.ConfigDict:
   # A save that takes longer ends the run: the storage hangs.
   checkpoint.timeout_seconds = 1800.0
   # Place of this run in an object store, gs://bucket/run, that has every
-  # checkpoint too: a fresh workdir, on another machine, goes on from there.
+  # checkpoint, online round and export too, and metrics.jsonl: a fresh workdir,
+  # on another machine, goes on from there. Hosts that share no disk need it.
   # gs:// needs gcsfs, s3:// needs s3fs. None: checkpoints lie in the workdir.
   checkpoint.mirror = config_dict.placeholder(str)
   # Told to stop, a run has so long to save before it is ended.

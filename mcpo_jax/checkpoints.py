@@ -7,10 +7,16 @@ plain, so the hash of a file is the hash of a piece of one array: it is taken
 from memory and from the disk, and both must agree. Of several processes each
 hashes the pieces that it holds, and the first one decides which steps count
 and which go.
+
+With a mirror each process then copies its pieces to an object store and the
+first one, when all have, puts the manifest. Where each process has a disk of
+its own (`hosts.apart`) there is no whole step on any: the store's manifest is
+what commits, and to restore a process fetches what its devices read.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging as std_logging
 import math
@@ -40,6 +46,7 @@ _NEWEST = "newest.json"  # the last step that was committed here
 _METADATA = re.compile(
     r"(_METADATA|_CHECKPOINT_METADATA|_sharding|\.zarray|commit_success\.txt|"
     r"process_\d+)$")
+_CHUNK = re.compile(rf"{_ITEM}/(.+)/(\d+(?:\.\d+)*)")  # array, place in it
 _BLOCK = 4096  # of a file system
 
 
@@ -57,15 +64,18 @@ def leaves_of(tree: Any) -> dict[str, Any]:
 
 
 def size_of(tree: Any) -> int:
-  """Bytes that a checkpoint of arrays, or of their shapes, has on disk."""
+  """Bytes that a checkpoint of arrays, or of their shapes, has on this
+  process's disk."""
   total = 16 * _BLOCK  # orbax's own files and the manifest
   for leaf in jax.tree.leaves(tree):
-    pieces = 1
+    pieces = own = 1
     if getattr(leaf, "sharding", None) is not None:
-      pieces = len(set(map(str, leaf.sharding.devices_indices_map(
-          leaf.shape).values())))
+      places = leaf.sharding.devices_indices_map(leaf.shape)
+      pieces = own = len(set(map(str, places.values())))
+      if hosts.apart():
+        own = len({str(places[d]) for d in leaf.sharding.addressable_devices})
     size = math.ceil(math.prod(leaf.shape) * leaf.dtype.itemsize / pieces)
-    total += pieces * math.ceil(size / _BLOCK) * _BLOCK + 2 * _BLOCK
+    total += own * math.ceil(size / _BLOCK) * _BLOCK + 2 * _BLOCK
   return total
 
 
@@ -88,14 +98,20 @@ class _Save:
 
 def _host_shards(state: Any) -> dict[str, list[tuple[tuple, np.ndarray]]]:
   """Name -> (where it begins, values) of each shard that no other process or
-  device holds too. Orbax takes the same copies."""
-  shards = {name: [s for s in leaf.addressable_shards if s.replica_id == 0]
-            for name, leaf in leaves_of(state).items()}
-  for shard in (s for own in shards.values() for s in own):
+  device holds too; with disks apart of each that this one holds, for orbax has
+  replicas written in parts by all that hold them. It takes such copies too."""
+  shards = {
+      name: {_start(s.index): s for s in leaf.addressable_shards
+             if s.replica_id == 0 or hosts.apart()}
+      for name, leaf in leaves_of(state).items()}
+  for shard in (s for own in shards.values() for s in own.values()):
     shard.data.copy_to_host_async()
-  return {
-      name: [(tuple(cut.start or 0 for cut in s.index), np.asarray(s.data))
-             for s in own] for name, own in shards.items()}
+  return {name: [(start, np.asarray(s.data)) for start, s in own.items()]
+          for name, own in shards.items()}
+
+
+def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
+  return tuple(cut.start or 0 for cut in index)
 
 
 class Checkpointer:
@@ -119,7 +135,8 @@ class Checkpointer:
         one.
       timeout: seconds that a save may take.
       finite: parts of the state whose values must be finite.
-      mirror: place in an object store that has every committed step too.
+      mirror: place in an object store that has every committed step too; with
+        disks apart it is the only place that has all of one.
 
     Raises:
       ResourceError: ckpt.path.
@@ -128,16 +145,26 @@ class Checkpointer:
     self._folder = pathlib.Path(folder).resolve()
     self._keep, self._timeout, self._finite = keep, timeout, finite
     self._mirror = mirror
+    self._key = mirror or str(self._folder)  # the same in all processes
     self._protected: int | None = None
     self._save: _Save | None = None
     self._failed = self._given_up = False  # a save; one that takes too long
     self._verified: set[int] = set()  # in the first process
+    self._bad: set[int] = set()  # steps of the store that did not verify
     self._checks = 0
-    hosts.from_first("checkpoints", self._prepare)
+    hosts.on_disk("checkpoints", self._prepare)
+    own, handlers = {}, {}
+    if hosts.apart():  # each process makes the folders that it writes to
+      own = {"multiprocessing_options": ocp.options.MultiprocessingOptions(
+          primary_host=None)}
+      handlers = {"type_handler_registry":
+                  ocp.type_handlers.create_type_handler_registry((
+                      jax.Array, ocp.type_handlers.ArrayHandler(
+                          primary_host=None)))}
     self._manager = ocp.CheckpointManager(
-        self._folder, options=ocp.CheckpointManagerOptions(create=True),
+        self._folder, options=ocp.CheckpointManagerOptions(create=True, **own),
         item_handlers=ocp.PyTreeCheckpointHandler(
-            use_ocdbt=False, use_compression=False))
+            use_ocdbt=False, use_compression=False, **own, **handlers))
 
   def _prepare(self) -> None:
     try:
@@ -150,6 +177,8 @@ class Checkpointer:
 
   def steps(self) -> list[int]:
     """Committed steps, ascending (their content not yet verified)."""
+    if hosts.apart():
+      return storage.steps(self._mirror)
     return steps(self._folder)
 
   def _all(self) -> list[int]:
@@ -183,7 +212,7 @@ class Checkpointer:
             got=f"{free} bytes free", want=f"{want} bytes",
             hint="free some space, or lower checkpoint.keep")
 
-    hosts.from_first("room on the disk", check)
+    hosts.on_disk("room on the disk", check)
 
   # --- saving -----------------------------------------------------------------
 
@@ -238,7 +267,10 @@ class Checkpointer:
             hint="look at the disk, or raise checkpoint.timeout_seconds")
     if save.error is not None:
       raise self._as_ours(save.error, save) from save.error
-    hosts.wait_for_first("a save")
+    stay = hosts.from_first("a save", self.steps)
+    if not hosts.is_first() and hosts.apart():
+      for step in set(self._all()) - set(stay):
+        shutil.rmtree(self._step_folder(step), ignore_errors=True)
     self._failed = False
 
   def _as_ours(self, error: BaseException, save: _Save) -> errors.McpoError:
@@ -262,25 +294,30 @@ class Checkpointer:
       folder = self._step_folder(save.step)
       own = self._hash_own(save, folder)
       save.phase = "waiting for the other processes"
-      told = hosts.to_first(f"save/{folder}", own)
+      told = hosts.to_first(f"save/{self._key}/{save.step}", own)
       save.shards = {}
-      if told is None:
-        return
-      save.phase = "committing"
-      files = {name: entry for part in told for name, entry in part.items()}
-      rest = [n for n in commit.files_of(folder) if n not in files]
-      files |= commit.hash_files(folder, rest)
-      commit.write_manifest(
-          folder, save.meta, files=dict(sorted(files.items())),
-          leaves=save.leaves, point="ckpt")
-      commit.write_file(
-          self._folder / _NEWEST, json.dumps({"step": save.step}))
-      self._verified.add(save.step)
+      if told is not None:
+        save.phase = "committing"
+        files = {name: entry for part in told for name, entry in part.items()}
+        rest = commit.hash_files(
+            folder, [n for n in commit.files_of(folder) if n not in files])
+        _check_whole(folder, files, save.leaves)
+        commit.write_manifest(
+            folder, save.meta, files=dict(sorted((files | rest).items())),
+            leaves=save.leaves, point="ckpt")
+        own |= rest
+        commit.write_file(
+            self._folder / _NEWEST, json.dumps({"step": save.step}))
+        self._verified.add(save.step)
       if self._mirror:
         save.phase = f"copying to {self._mirror}"
-        storage.push(folder, self._copy_of(save.step))
-      save.phase = "removing old steps"
-      self._retain()
+        copy = self._copy_of(save.step)
+        storage.put_files(folder, copy, own)
+        if hosts.to_first(f"copy/{copy}", None) is not None:
+          storage.put_manifest(folder, copy)
+      if told is not None:
+        save.phase = "removing old steps"
+        self._retain()
     except BaseException as e:  # told in the main thread
       with contextlib.suppress(Exception):
         self._discard(save)
@@ -292,7 +329,7 @@ class Checkpointer:
       self._manager.wait_until_finished()
     for path in self._folder.glob(f"{save.step}*"):
       name = path.name.removeprefix(str(save.step))
-      if hosts.is_first() and (
+      if hosts.writes() and (
           name.startswith(".orbax-checkpoint-tmp")
           or not name and not (path / commit.MANIFEST).exists()):
         shutil.rmtree(path, ignore_errors=True)
@@ -308,7 +345,8 @@ class Checkpointer:
               "saved", where=f"{self._step_folder(save.step)}: {name}")
 
   def _hash_own(self, save: _Save, folder: pathlib.Path) -> dict[str, Any]:
-    """Name -> entry of the files that hold what this process has in memory.
+    """Name -> entry of the files that hold what this process has in memory;
+    with disks apart of those that it has written.
 
     Raises:
       CheckpointError: ckpt.hash, the disk holds something else.
@@ -316,6 +354,8 @@ class Checkpointer:
     wanted = {}
     for name, shards in save.shards.items():
       for chunk, array in _pieces(folder / _ITEM / name, shards):
+        if hosts.apart() and not (folder / _ITEM / name / chunk).exists():
+          continue
         wanted[f"{_ITEM}/{name}/{chunk}"] = hashlib.sha256(
             np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
     entries = commit.hash_files(folder, wanted)
@@ -328,18 +368,18 @@ class Checkpointer:
 
   def _retain(self) -> None:
     """Removes old steps, once as many newer ones as are kept are verified."""
-    kept = 0
-    for step in reversed(self.steps()):
-      if kept >= self._keep:
-        if step != self._protected:
-          faults.point("ckpt.gc")
-          commit.remove_folder(self._step_folder(step))
-      elif step in self._verified or self._problem(step) is None:
-        kept += 1
+    steps, kept, stay = self.steps(), 0, {self._protected}
+    for step in reversed(steps):
+      if kept < self._keep:
+        stay.add(step)
+        kept += step in self._verified or (
+            not hosts.apart() and self._problem(step) is None)
+      elif step != self._protected:
+        faults.point("ckpt.gc")
+        commit.remove_folder(self._step_folder(step))
     if self._mirror:
-      stay = {*self.steps(), self._protected}
       for step in storage.steps(self._mirror):
-        if step < max(self.steps()) and step not in stay:
+        if step < steps[-1] and step not in stay:
           storage.remove(self._copy_of(step))
     if kept >= 2:
       for path in self._folder.glob("*.damaged"):
@@ -367,6 +407,8 @@ class Checkpointer:
           raise
         logging.warning("checkpoint %d skipped: %s", step, e)
         skipped.append(str(e))
+        if hosts.apart():
+          self._bad.add(step)
         continue
       self._clear_above(step)
       return state, commit.read_manifest(self._step_folder(step))["meta"]
@@ -384,6 +426,8 @@ class Checkpointer:
     """Takes the newest step from the store, if it is newer than those here;
     gives what was skipped."""
     skipped = []
+    if hosts.apart():
+      return skipped  # each process takes what it needs of each step
     newest = max(self.steps(), default=-1)
     for step in reversed(storage.steps(self._mirror) if self._mirror else []):
       if step <= newest:
@@ -394,11 +438,39 @@ class Checkpointer:
       except errors.CheckpointError as e:
         logging.warning("checkpoint %d of the store skipped: %s", step, e)
         skipped.append(str(e))
+        self._bad.add(step)
     return skipped
 
   def _pull(self, step: int) -> None:
     shutil.rmtree(self._step_folder(step), ignore_errors=True)
     storage.pull(self._copy_of(step), self._step_folder(step))
+
+  def _bring(
+      self, step: int, abstract_state: Any
+  ) -> errors.CheckpointError | None:
+    """Takes from the store what this process's devices read of a step, and is
+    not on its disk yet; what is wrong with it."""
+    folder, url = self._step_folder(step), self._copy_of(step)
+    try:
+      folder.mkdir(exist_ok=True)
+      files = storage.get_manifest(url, folder)["files"]
+      leaves = leaves_of(abstract_state)
+      data = {name: _CHUNK.fullmatch(name) for name in files}
+      wanted = {n: entry for n, entry in files.items() if not data[n]}
+      storage.get_files(url, folder, wanted)
+      needed = {name: _needed(folder / _ITEM / name, leaf)
+                for name, leaf in leaves.items()
+                if f"{_ITEM}/{name}/.zarray" in files}
+      wanted |= {n: files[n] for n, found in data.items()
+                 if found and found[2] in needed.get(found[1], ())}
+      storage.get_files(url, folder, wanted)
+      for name in set(commit.files_of(folder)) - wanted.keys():
+        (folder / name).unlink()
+    except errors.CheckpointError as e:
+      return e
+    except OSError as e:
+      raise commit.storage_error(e, folder) from e
+    return self._step_problem(step, commit.read_manifest(folder)["meta"])
 
   def _copy_of(self, step: int) -> str:
     return f"{self._mirror}/{step}"
@@ -412,14 +484,22 @@ class Checkpointer:
         shutil.rmtree(path, ignore_errors=True)
       for other in self._all():
         folder = self._step_folder(other)
-        if not (folder / commit.MANIFEST).exists():  # or its removal killed
+        if hosts.apart():  # the store has them
+          if other > step:
+            shutil.rmtree(folder)
+        elif not (folder / commit.MANIFEST).exists():  # or its removal killed
           shutil.rmtree(folder)
         elif other > step:  # orbax writes no step over one that is there
           aside = folder.with_name(f"{other}.damaged")
           shutil.rmtree(aside, ignore_errors=True)
           folder.rename(aside)
 
-    hosts.from_first("checkpoints", clear)
+    def clear_store():
+      while self._bad:  # a manifest that is there stops the next save
+        storage.remove(self._copy_of(self._bad.pop()))
+
+    hosts.on_disk("checkpoints", clear)
+    hosts.from_first("the store's checkpoints", clear_store)
     self._manager.reload()
 
   def restore(self, step: int, abstract_state: Any) -> Any:
@@ -438,8 +518,11 @@ class Checkpointer:
       if self._mirror and not (folder / commit.MANIFEST).exists():
         self._pull(step)
 
-    hosts.from_first("a checkpoint", look)
-    self._agree(self._problem(step, *_part()))
+    if hosts.apart():
+      self._agree(self._bring(step, abstract_state))
+    else:
+      hosts.from_first("a checkpoint", look)
+      self._agree(self._problem(step, *_part()))
     self._check_tree(folder, abstract_state)
     state, problem = None, None
     try:
@@ -459,7 +542,7 @@ class Checkpointer:
     """Raises in all processes what one of them has found."""
     self._checks += 1
     told = hosts.to_first(
-        f"check/{self._folder}/{self._checks}",
+        f"check/{self._key}/{self._checks}",
         problem and [type(problem).__name__, problem.slug, problem.message,
                      problem.where, problem.got, problem.want])
     found = hosts.from_first(
@@ -480,11 +563,18 @@ class Checkpointer:
       if e.slug == "ckpt.missing_data" and _METADATA.search(e.where):
         e.slug = "ckpt.metadata"
       return e
+    return self._step_problem(step, meta)
+
+  def _step_problem(
+      self, step: int, meta: dict[str, Any]
+  ) -> errors.CheckpointError | None:
+    """Whether a folder's name and its manifest's meta are of one step."""
     found = {meta["step"], meta.get("cursor", {}).get("step", step)}
     if found != {step}:
       return errors.CheckpointError(
           "ckpt.step_mismatch", "the folder's name is another step than its "
-          "manifest says", where=str(folder), got=sorted(found), want=step)
+          "manifest says", where=str(self._step_folder(step)),
+          got=sorted(found), want=step)
     return None
 
   def _check_tree(self, folder: pathlib.Path, abstract_state: Any) -> None:
@@ -587,3 +677,42 @@ def _pieces(
       name = ".".join(str(first // n + i)
                       for first, n, i in zip(start, sizes, index))
       yield name or "0", array[cut]
+
+
+def _needed(folder: pathlib.Path, leaf: Any) -> set[str]:
+  """File names of the chunks of an array that this process's devices read.
+
+  Args:
+    folder: of the array, with orbax's `.zarray`.
+    leaf: the array that is asked for, or its shape, with a sharding.
+  """
+  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
+  names = set()
+  for index in leaf.sharding.addressable_devices_indices_map(
+      leaf.shape).values():
+    bounds = [cut.indices(n) for cut, n in zip(index, leaf.shape)]
+    spans = [range(first // size, -(-end // size))
+             for (first, end, _), size in zip(bounds, sizes)]
+    names |= {".".join(map(str, at)) or "0"
+              for at in itertools.product(*spans)}
+  return names
+
+
+def _check_whole(
+    folder: pathlib.Path, files: dict[str, Any], leaves: dict[str, Any]
+) -> None:
+  """A chunk that is not there would read as zeros.
+
+  Raises:
+    CheckpointError: ckpt.incomplete, no process has written it.
+  """
+  for name, leaf in leaves.items():
+    sizes = json.loads(
+        (folder / _ITEM / name / ".zarray").read_text())["chunks"]
+    counts = [math.ceil(n / size) for n, size in zip(leaf["shape"], sizes)]
+    for at in np.ndindex(*counts):
+      chunk = f"{_ITEM}/{name}/" + (".".join(map(str, at)) or "0")
+      if chunk not in files and not (folder / chunk).exists():
+        raise errors.CheckpointError(
+            "ckpt.incomplete", "no process has written a piece of an array",
+            where=str(folder / chunk))

@@ -2,8 +2,8 @@
 
 A folder counts as committed only with its `manifest.json`, which holds the
 size and SHA-256 of every other file in it, and its own, and is written last.
-Of several processes the first alone writes: what writes here does nothing in
-the others, which wait for it with `hosts`.
+Of several processes that share a disk the first alone writes: what writes here
+does nothing in the others, which wait for it with `hosts`.
 """
 
 import concurrent.futures
@@ -115,7 +115,7 @@ def write_file(path: pathlib.Path, text: str, *, point: str = "file") -> None:
   Raises:
     ResourceError: ckpt.disk_full, ckpt.path.
   """
-  if not hosts.is_first():
+  if not hosts.writes():
     return
   temporary = temporary_of(path)
   try:
@@ -179,7 +179,7 @@ def write_manifest(
     leaves: of arrays, what lies in which files.
     point: names its fault points.
   """
-  if not hosts.is_first():
+  if not hosts.writes():
     return
   if files is None:
     files = hash_files(folder, files_of(folder))
@@ -339,7 +339,7 @@ def write_folder(
   Raises:
     ResourceError: ckpt.disk_full, ckpt.path.
   """
-  if not hosts.is_first():
+  if not hosts.writes():
     return
   folder = pathlib.Path(folder)
   temporary = temporary_of(folder)
@@ -383,7 +383,7 @@ def sweep(folder: pathlib.Path) -> None:
   Writers are told by the names of their temporary files: those of this host
   that no longer live have no use for theirs.
   """
-  if not hosts.is_first() or not folder.exists():
+  if not hosts.writes() or not folder.exists():
     return
   for path in list(folder.rglob(".*.tmp")):
     found = _TEMPORARY.fullmatch(path.name)

@@ -1,9 +1,11 @@
 """Several processes, one run: which of them this is, and how they agree.
 
 All processes run the same program with the same config, and the devices of all
-make one mesh. The first one alone writes files and speaks; the others wait for
-what it has done and read it, from a file system that all of them share. An
-error of one of them ends all. A process learns its place from
+make one mesh. The first one alone speaks. It also writes the files, which the
+others wait for and read, where all of them share a file system; where none do
+(`apart`), each has a workdir and a cache of its own and writes there what the
+first one would. An error of one of them ends all. A process learns its place
+from
 
   MCPO_COORDINATOR    host:port of the first process, or "auto": JAX finds the
                       place, as it does on TPU pods, GKE, Slurm and Open MPI
@@ -53,6 +55,7 @@ class Place(NamedTuple):
 _place = Place()
 _listeners: dict[str, threading.Thread] = {}  # word -> who waits for it
 _alone = False  # whether the others wait for what this process does now
+_apart = False
 _turns = itertools.count()
 _patience = PATIENCE_SECONDS
 
@@ -68,8 +71,24 @@ def index() -> int:
 
 
 def is_first() -> bool:
-  """Whether this process writes and speaks; true of one that is alone."""
+  """Whether this process speaks; true of one that is alone."""
   return _place.index == 0
+
+
+def apart() -> bool:
+  """Whether there are several processes and each has a disk of its own."""
+  return _apart
+
+
+def set_apart(value: bool) -> None:
+  """Says what `apart` is, once it is known; the same in all processes."""
+  global _apart
+  _apart = value
+
+
+def writes() -> bool:
+  """Whether this process writes the disk that it sees."""
+  return is_first() or _apart
 
 
 def expected() -> bool:
@@ -184,14 +203,36 @@ def from_first(what: str, make: Callable[[], Any]) -> Any:
   return value
 
 
+def on_disk(what: str, work: Callable[[], Any]) -> Any:
+  """As `from_first`, for what is done to a disk: where each process has its
+  own each does it, gets what it gave itself, and waits for nobody."""
+  return work() if _apart else from_first(what, work)
+
+
+def gather(what: str, value: Any) -> list[Any]:
+  """A JSON value of each process, told to all."""
+  told = to_first(f"gather/{next(_turns)}", value)
+  return from_first(what, lambda: told)
+
+
+def on_all_disks(what: str, look: Callable[[], Any]) -> Any:
+  """A JSON value that is read from the disk: the first process's; None if
+  another one's disk says otherwise."""
+  if not _apart:
+    return from_first(what, look)
+  found = gather(what, json.dumps(look(), sort_keys=True))
+  return json.loads(found[0]) if len(set(found)) == 1 else None
+
+
 @contextlib.contextmanager
 def first_goes_ahead(what: str) -> Iterator[None]:
   """The others enter when the first process has left: what it makes there,
-  they find. For work of the host alone."""
-  if not is_first():
+  they find; all at once where each has a disk of its own. For work of the host
+  alone."""
+  if not writes():
     from_first(what, lambda: None)
   yield
-  if is_first():
+  if is_first() and not _apart:
     from_first(what, lambda: None)
 
 

@@ -43,7 +43,8 @@ SHARED_VERBS = ("train", "evaluate", "generate", "export", "score")
 FLAGS = {
     "config": "a Python file with get_config()",
     "workdir": "where the run keeps its files; the same one resumes",
-    "out": "export: the folder; report: the page, if not WORKDIR/report.html",
+    "out": "export: the folder, or a place gs://...; report: the page, if not "
+           "WORKDIR/report.html",
     "topology": "plan: devices to plan for, such as v5e:4x4 or h200:8",
     "price-per-chip-hour": "plan, report: what a chip costs, for that of a run",
     "profile": "train: a trace of a few updates in <workdir>/profile",
@@ -242,7 +243,8 @@ def run(argv: list[str]) -> None:
   if command.verb == "train":
     more = {"profile": "profile" in command.flags}
   elif command.verb == "export":
-    more = {"out": pathlib.Path(command.flags["out"])}
+    out = command.flags["out"]
+    more = {"out": out.rstrip("/") if "://" in out else pathlib.Path(out)}
   summary = getattr(verbs, command.verb)(
       config, pathlib.Path(workdir) if workdir else None, **more)
   if summary is not None:
@@ -304,11 +306,13 @@ def _report(command: CommandLine) -> None:
 
 def _worth_showing(record) -> bool:
   """Orbax tells every step of a save, and errors that `checkpoints` raises; its
-  warnings are enough, but one of every save that there is nothing to merge."""
+  warnings are enough, but those of every save that there is nothing to merge
+  and that a host counts its own bytes."""
   if record.name == "asyncio":  # each file of a save that failed
     return "async_serialize" not in record.getMessage()
   return "orbax" not in record.pathname or (
-      record.levelno == 30 and "ocdbt_utils" not in record.pathname)
+      record.levelno == 30 and not re.search(
+          "ocdbt_utils|async_io_engine", record.pathname))
 
 
 def _unraisable(found) -> None:

@@ -62,6 +62,31 @@ def put_once(url: str, content: bytes) -> bytes:
   return _ask(url, work)
 
 
+def put(url: str, content: bytes) -> None:
+  """Makes an object, in place of the one that is there.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+  _ask(url, lambda store, place: store.pipe_file(place, content))
+
+
+def get_file(url: str) -> bytes | None:
+  """The content of an object; None if there is none.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+
+  def work(store, place):
+    try:
+      return store.cat_file(place)
+    except FileNotFoundError:
+      return None
+
+  return _ask(url, work)
+
+
 def steps(url: str) -> list[int]:
   """Numbers of the committed folders below a place, ascending."""
   found = _ask(url, lambda store, place: store.glob(
@@ -77,13 +102,42 @@ def push(folder: pathlib.Path, url: str) -> None:
     CheckpointError: ckpt.locked, another one was committed there.
     ResourceError: ckpt.store.
   """
-  manifest = (folder / commit.MANIFEST).read_bytes()
-  files = commit.read_manifest(folder)["files"]
-  place = f"{url}/{commit.MANIFEST}"
+  if not _ask(f"{url}/{commit.MANIFEST}",
+              lambda store, place: store.exists(place)):
+    put_files(folder, url, commit.read_manifest(folder)["files"])
+  put_manifest(folder, url)
+
+
+def replace(folder: pathlib.Path, url: str) -> None:
+  """As `push`, in place of the committed folder that is there.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+
+  def clear(store, root):
+    try:
+      old = json.loads(store.cat_file(f"{root}/{commit.MANIFEST}"))
+    except FileNotFoundError:
+      return
+    store.rm_file(f"{root}/{commit.MANIFEST}")
+    for name in old["files"]:
+      store.rm_file(f"{root}/{name}")
+
+  _ask(url, clear)
+  push(folder, url)
+
+
+def put_files(
+    folder: pathlib.Path, url: str, files: dict[str, dict[str, Any]]
+) -> None:
+  """Copies some files of a folder, entries of its manifest, to a store.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
 
   def put(store, root):
-    if store.exists(f"{root}/{commit.MANIFEST}"):
-      return
 
     def one(name):
       store.put_file(str(folder / name), f"{root}/{name}")
@@ -94,11 +148,84 @@ def push(folder: pathlib.Path, url: str) -> None:
       list(pool.map(one, files))
 
   _ask(url, put)
+
+
+def put_manifest(folder: pathlib.Path, url: str) -> None:
+  """Commits what lies at a place of a store, by a folder's manifest.
+
+  Raises:
+    CheckpointError: ckpt.locked, another one was committed there.
+    ResourceError: ckpt.store.
+  """
+  manifest = (folder / commit.MANIFEST).read_bytes()
+  place = f"{url}/{commit.MANIFEST}"
   faults.point("store.manifest")
   if put_once(place, manifest) != manifest:
     raise errors.CheckpointError(
         "ckpt.locked", "another process has committed this", where=place,
         hint="does another run write to this place?")
+
+
+def get_manifest(url: str, folder: pathlib.Path) -> dict[str, Any]:
+  """Takes the manifest of a place of a store into a folder; its content.
+
+  Raises:
+    CheckpointError: see `commit.read_manifest`; ckpt.unsafe_path.
+    ResourceError: ckpt.store.
+  """
+  place = f"{url}/{commit.MANIFEST}"
+  content = get_file(place)
+  if content is None:
+    raise errors.CheckpointError(
+        "ckpt.uncommitted", "no manifest: the write was never finished",
+        where=url)
+  (folder / commit.MANIFEST).write_bytes(content)
+  body = commit.read_manifest(folder)
+  commit.check_names(folder, body["files"])
+  return body
+
+
+def get_files(
+    url: str, folder: pathlib.Path, files: dict[str, dict[str, Any]]
+) -> None:
+  """Has a folder hold some files of a place of a store, by their entries in
+  its manifest, verified; those that it holds already are not fetched.
+
+  Raises:
+    CheckpointError: ckpt.incomplete, ckpt.missing_data, ckpt.hash.
+    ResourceError: ckpt.store.
+  """
+
+  def get(store, root):
+
+    def one(name):
+      """What is wrong with a file."""
+      path, entry = folder / name, files[name]
+      if _holds(path, entry):
+        return None
+      try:
+        store.get_file(f"{root}/{name}", str(path))
+      except FileNotFoundError:
+        path.unlink(missing_ok=True)
+        return "ckpt.incomplete", "a file is missing", name
+      if path.stat().st_size != entry["bytes"]:
+        return "ckpt.missing_data", "a file is cut", name
+      if not _holds(path, entry):
+        return "ckpt.hash", "a file changed since it was written", name
+      return None
+
+    for parent in {(folder / name).parent for name in files}:
+      parent.mkdir(parents=True, exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      for slug, message, name in filter(None, pool.map(one, files)):
+        raise errors.CheckpointError(slug, message, where=f"{url}/{name}")
+
+  _ask(url, get)
+
+
+def _holds(path: pathlib.Path, entry: dict[str, Any]) -> bool:
+  return (path.is_file() and path.stat().st_size == entry["bytes"]
+          and commit.file_sha256(path) == entry["sha256"])
 
 
 def pull(url: str, folder: pathlib.Path) -> None:
@@ -108,31 +235,9 @@ def pull(url: str, folder: pathlib.Path) -> None:
     CheckpointError: see `commit.verify`. ResourceError: ckpt.store.
   """
   temporary = commit.temporary_of(folder)
-
-  def get(store, root):
-    if not store.exists(f"{root}/{commit.MANIFEST}"):
-      raise errors.CheckpointError(
-          "ckpt.uncommitted", "no manifest: the write was never finished",
-          where=url)
-    store.get_file(f"{root}/{commit.MANIFEST}",
-                   str(temporary / commit.MANIFEST))
-    files = commit.read_manifest(temporary)["files"]
-    commit.check_names(temporary, files)
-    for parent in {(temporary / name).parent for name in files}:
-      parent.mkdir(parents=True, exist_ok=True)
-    missing = [name for name in files if not store.exists(f"{root}/{name}")]
-    if missing:
-      raise errors.CheckpointError(
-          "ckpt.incomplete", "files are missing", where=url,
-          got=", ".join(missing[:20]))
-    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-      list(pool.map(lambda name: store.get_file(
-          f"{root}/{name}", str(temporary / name)), files))
-
   try:
     temporary.mkdir(parents=True)
-    _ask(url, get)
-    commit.verify(temporary, exact=True)
+    get_files(url, temporary, get_manifest(url, temporary)["files"])
     for path in (*temporary.rglob("*"), temporary):
       commit.sync(path)
     os.rename(temporary, folder)

@@ -34,7 +34,8 @@ def train(
   run = setup.open_run(config, workdir, profile=profile)
   pools.check_data(run)
   writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
-                          wandb=config["log"]["wandb"])
+                          wandb=config["log"]["wandb"],
+                          mirror=config["checkpoint"]["mirror"])
   stages = {"sft": sft_stage.run_sft,
             "reward_model": reward_model_stage.run_reward_model,
             "preference": preference_stage.run_preference,
@@ -82,9 +83,10 @@ def serve(config: dict[str, Any], workdir: pathlib.Path | None) -> None:
 
 
 def export(
-    config: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path
+    config: dict[str, Any], workdir: pathlib.Path, out: pathlib.Path | str
 ) -> None:
-  """Writes the trained weights to `out` as a folder transformers loads."""
+  """Writes the trained weights to `out`, a folder or a URL of an object store,
+  as what transformers loads."""
   run = setup.open_run(config, workdir)
   write_summary(workdir, export_stage.run_export(run, None, out))
 

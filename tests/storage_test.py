@@ -1,5 +1,9 @@
 """Committed folders in a bucket that knows whole objects only."""
 
+import itertools
+import shutil
+import types
+
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -7,7 +11,7 @@ import numpy as np
 import pytest
 from fsspec.implementations import memory
 
-from mcpo_jax import checkpoints, commit, errors, faults, storage
+from mcpo_jax import checkpoints, commit, errors, faults, hosts, storage
 from mcpo_jax.training import setup
 
 
@@ -96,6 +100,17 @@ def test_a_folder_goes_there_and_comes_back(tmp_path, bucket):
   assert [p.name for p in (tmp_path / "new").iterdir()] == ["y"]
 
 
+def test_a_folder_takes_the_place_of_another(tmp_path, bucket):
+  commit.write_folder(tmp_path / "1", fill, {"step": 1})
+  commit.write_folder(
+      tmp_path / "2", lambda to: (to / "c").write_text("3"), {"step": 2})
+  for step in (1, 2):
+    storage.replace(tmp_path / f"{step}", "bucket://runs/x")
+    storage.pull("bucket://runs/x", tmp_path / f"back{step}")
+    assert commit.verify(tmp_path / f"back{step}") == {"step": step}
+  assert sorted(bucket) == ["/runs/x/c", "/runs/x/manifest.json"]
+
+
 def test_the_first_commit_stands(tmp_path, bucket):
   for step in (1, 2):
     commit.write_folder(tmp_path / f"{step}", fill, {"step": step})
@@ -155,6 +170,105 @@ def test_copies_that_are_all_damaged_are_no_fresh_start(tmp_path, bucket):
   with pytest.raises(errors.CheckpointError) as caught:
     restore(tmp_path / "b")
   assert caught.value.slug == "ckpt.none_complete"
+
+
+@pytest.fixture
+def apart():
+  """As if each of several processes had a disk of its own; this is one."""
+  hosts.set_apart(True)
+  yield
+  hosts.set_apart(False)
+
+
+def test_with_disks_apart_the_store_alone_says_what_is_committed(
+    tmp_path, bucket, apart, monkeypatch):
+  save(tmp_path / "a", 1)
+  monkeypatch.setenv("MCPO_FAULT", "store.manifest:raise")
+  monkeypatch.setattr(faults, "_counts", {})
+  with pytest.raises(errors.CheckpointError):
+    save(tmp_path / "a", 2)
+  monkeypatch.delenv("MCPO_FAULT")
+  assert (tmp_path / "a/2/manifest.json").exists()
+  got, meta = restore(tmp_path / "a")
+  assert meta["step"] == 1
+  np.testing.assert_array_equal(got["w"], state(1)["w"])
+  assert not (tmp_path / "a/2").exists()
+  save(tmp_path / "a", 2, 3, 4)
+  assert storage.steps("bucket://runs/one/sft") == [3, 4]
+  assert sorted(p.name for p in (tmp_path / "a").glob("[0-9]*")) == ["3", "4"]
+
+
+def test_with_disks_apart_what_a_disk_holds_is_not_fetched_again(
+    tmp_path, bucket, apart, monkeypatch):
+  save(tmp_path / "a", 1)
+  fetched = []
+  get_file = Bucket.get_file
+  monkeypatch.setattr(Bucket, "get_file", lambda self, path, *args: (
+      fetched.append(path), get_file(self, path, *args)))
+  restore(tmp_path / "a")
+  assert fetched == []
+  (tmp_path / "a/1/default/w/0.0").write_bytes(b"another")
+  (tmp_path / "a/1/default/w/7.7").write_bytes(b"of a save that was killed")
+  got, _ = restore(tmp_path / "a")
+  assert fetched == ["/runs/one/sft/1/default/w/0.0"]
+  np.testing.assert_array_equal(got["w"], state(1)["w"])
+  assert not (tmp_path / "a/1/default/w/7.7").exists()
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "delete", "manifest"])
+def test_with_disks_apart_a_damaged_step_is_skipped_and_made_again(
+    tmp_path, bucket, apart, damage):
+  save(tmp_path / "a", 1, 2)
+  shutil.rmtree(tmp_path / "a")
+  name = "/runs/one/sft/2/" + (
+      "manifest.json" if damage == "manifest" else "default/w/0.0")
+  content = bytearray(bucket[name].getvalue())
+  content[5] ^= 8
+  if damage == "delete":
+    del bucket[name]
+  else:
+    fsspec.filesystem("bucket").pipe_file(
+        name, bytes(content[:7] if damage == "cut" else content))
+  got, meta = restore(tmp_path / "b")
+  assert meta["step"] == 1
+  np.testing.assert_array_equal(got["w"], state(1)["w"])
+  save(tmp_path / "b", 2)
+  got, meta = restore(tmp_path / "c")
+  assert meta["step"] == 2
+  np.testing.assert_array_equal(got["w"], state(2)["w"])
+
+
+def test_a_step_is_not_committed_while_a_piece_of_an_array_is_missing(
+    tmp_path, bucket, apart, monkeypatch):
+  hash_own = checkpoints.Checkpointer._hash_own
+
+  def lose(self, save, folder):
+    (folder / "default/w/0.0").unlink()
+    return hash_own(self, save, folder)
+
+  monkeypatch.setattr(checkpoints.Checkpointer, "_hash_own", lose)
+  with pytest.raises(errors.CheckpointError) as caught:
+    save(tmp_path / "a", 1)
+  assert caught.value.slug == "ckpt.incomplete"
+  assert storage.steps("bucket://runs/one/sft") == []
+
+
+@pytest.mark.parametrize("spec", [(), ("x",), ("y", "x"), (None, ("x", "y"))])
+def test_a_process_asks_for_the_chunks_that_its_devices_read(tmp_path, spec):
+  mesh = jax.make_mesh((2, 4), ("x", "y"))
+  shape, sizes = (8, 24), (4, 3)
+  (tmp_path / ".zarray").write_text('{"chunks": [4, 3]}')
+  sharding = jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec(*spec))
+  places = sharding.devices_indices_map(shape)
+  numbers = np.arange(8 * 24).reshape(shape)
+  for devices in itertools.combinations(jax.devices(), 2):
+    own = {d: places[d] for d in devices}
+    leaf = types.SimpleNamespace(shape=shape, sharding=types.SimpleNamespace(
+        addressable_devices_indices_map=lambda shape, own=own: own))
+    read = np.unique(np.concatenate([numbers[i].ravel() for i in own.values()]))
+    want = {f"{n // 24 // sizes[0]}.{n % 24 // sizes[1]}" for n in read}
+    assert checkpoints._needed(tmp_path, leaf) == want
 
 
 def test_a_fresh_workdir_takes_the_run_on_and_another_run_is_refused(bucket):

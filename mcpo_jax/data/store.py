@@ -555,7 +555,7 @@ def build_store(
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
   folder = pathlib.Path(cache_dir) / f"store-{key[:32]}"
   store = _open(folder, key)
-  if store is None and not hosts.is_first():
+  if store is None and not hosts.writes():
     raise errors.ConfigError(
         "hosts.data", "not the data that the first process has made",
         where=", ".join(path for path, *_ in sources), got=key,

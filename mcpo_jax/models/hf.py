@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mcpo_jax import commit, errors, sharding
+from mcpo_jax import commit, errors, hosts, sharding
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder, hub
 from mcpo_jax.models.config import ModelConfig
@@ -323,7 +323,7 @@ def save_params(
 
   Every file of weights is read back and compared with the weights in memory
   before the folder gets its name; an existing folder stays until then. All
-  processes call it; the first one writes.
+  processes call it; one a disk writes.
 
   Args:
     path: the folder.
@@ -339,7 +339,7 @@ def save_params(
   """
   shapes = jax.eval_shape(lambda: params)
   groups = _plan(config, shapes, max_shard_bytes)
-  if jax.process_index():
+  if not hosts.writes():
     for group in groups:  # takes part in gathering
       for _ in _host_tensors(params, group):
         pass

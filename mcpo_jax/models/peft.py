@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from mcpo_jax import commit, errors, sharding
+from mcpo_jax import commit, errors, hosts, sharding
 from mcpo_jax.models import hf, lora, parameters
 from mcpo_jax.models.config import ModelConfig
 from mcpo_jax.models.shards import Shards, read_json
@@ -133,7 +133,7 @@ def save_adapters(
 ) -> None:
   """Writes a folder that PEFT loads, all or nothing, in float32.
 
-  All processes call it; the first one writes.
+  All processes call it; one a disk writes.
 
   Args:
     path: the folder.
@@ -155,7 +155,7 @@ def save_adapters(
   one = policy["layers"][part][name]
   rank = one["lora_a"].shape[-1]
   alpha = float(jnp.ravel(one["lora_scale"])[0]) * rank
-  if jax.process_index():
+  if not hosts.writes():
     return
 
   def write(folder: pathlib.Path) -> None:

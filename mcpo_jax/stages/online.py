@@ -107,9 +107,11 @@ def make_rounds(
         alarms.find_alarms([*rounds, pool.metrics], updates, limits),
         step=step, stop=config["online"]["alarm"] == "stop")
 
+  mirror = config["checkpoint"]["mirror"]
   return rounds_lib.Rounds(
       plan, folder, fill, batch_size=stage.batch_size, seed=stage.seed,
-      arrange=arrange, check=check)
+      arrange=arrange, check=check,
+      mirror=mirror and f"{mirror}/preference/rounds")
 
 
 class Filler:
@@ -202,7 +204,7 @@ class Filler:
     for first in range(0, len(prompts.prompts), size):
       preempt.check()
       place, some = folder / f"{first:06d}", slice(first, first + size)
-      if not hosts.from_first(
+      if not hosts.on_all_disks(
           "samples", functools.partial(rounds_lib.is_there, place)):
         part = samples.PromptSet(
             prompts.tokens[some], prompts.prompt_ids[some],

@@ -30,7 +30,7 @@ def save_model(run, folder, params, model) -> None:
 def read_result(run: setup.Run, stage: str) -> dict[str, Any] | None:
   """What a stage that has finished gave; None before."""
   path = run.workdir / stage / "result.json"
-  return hosts.from_first(
+  return hosts.on_all_disks(
       f"the result of {stage}",
       lambda: json.loads(path.read_text()) if path.exists() else None)
 
@@ -56,8 +56,14 @@ def finished(run: setup.Run, stage: str) -> pathlib.Path:
 
   Raises:
     CheckpointError: ckpt.none, or what `commit.verify` finds.
+    ConfigError: hosts.model, another process's disk has another.
   """
-  return finished_in(run.workdir / stage)
+  folder = finished_in(run.workdir / stage)
+  hosts.check_same(
+      "hosts.model", f"the model of {stage}",
+      {str(stage): commit.file_sha256(folder / commit.MANIFEST)},
+      hint="`train` again brings what is missing")
+  return folder
 
 
 def finished_in(folder: pathlib.Path) -> pathlib.Path:
@@ -85,7 +91,15 @@ def check_weights(config: dict[str, Any], workdir: pathlib.Path) -> None:
 
 
 def find_weights(run: setup.Run) -> Weights:
-  """Those that the last finished stage ended with, or those of model.path."""
+  """Those that the last finished stage ended with, or those of model.path.
+
+  Raises:
+    CheckpointError, ConfigError: as `finished`.
+  """
+  hosts.check_same(
+      "hosts.model", "the finished stages",
+      {stage: (run.workdir / stage / "result.json").exists()
+       for stage in POLICIES}, hint="`train` again brings what is missing")
   for stage in POLICIES:
     result = run.workdir / stage / "result.json"
     if result.exists():

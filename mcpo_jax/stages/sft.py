@@ -32,23 +32,27 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
   shared, target = run.cache / "starts" / key, folder / "model"
   stage = setup.stage_of(config, len(rows), supervised=True)
 
-  def copy() -> bool:
-    """Takes the start from the cache, if it is there."""
+  def look() -> str | None:
+    """The hash of the start in the cache, if it is there."""
     if not (shared / commit.MANIFEST).exists():
-      return False
+      return None
     try:
       commit.verify(shared)
     except errors.CheckpointError as e:
       logging.warning("sft: the shared start is made anew: %s", e)
       commit.remove_folder(shared)
-      return False
+      return None
+    return commit.file_sha256(shared / commit.MANIFEST)
+
+  def copy() -> None:
     logging.info("sft: the same start was trained before, in %s", shared)
     shutil.rmtree(target, ignore_errors=True)
     commit.write_folder(
         target, lambda to: shutil.copytree(shared, to, dirs_exist_ok=True), {})
-    return True
 
-  if not hosts.from_first("a start", copy):
+  if hosts.on_all_disks("a start", look):
+    hosts.on_disk("a start", copy)
+  else:
     make_batch = batch_lib.make_batch_fn(
         data, rows, batch_size=stage.batch_size, seed=stage.seed,
         num_slots=data.max_candidates, preferred="best", top_k=None)
@@ -58,7 +62,8 @@ def run_sft(run: setup.Run, writer: metrics.Writer) -> dict[str, Any]:
         meta=run.origin | {"stage": "sft", "key": key})
     results.save_model(run, target, params, model)
     commit.write_folder(
-        shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {})
+        shared, lambda to: shutil.copytree(target, to, dirs_exist_ok=True), {},
+        replace=hosts.apart())
   params = hf.load_params(
       target, model.config, shardings=model.param_shardings)
   return results.write_result(run, "sft", {

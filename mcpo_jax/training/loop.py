@@ -245,6 +245,7 @@ def _train(
     if rounds is not None:
       with watch.phase("work", f"{stage.name}: rounds under way"):
         rounds.settle()
+    writer.keep()
     with watch.phase("save", f"{stage.name}: the checkpoint of step {step}"):
       keeper.save(step, state, meta | {
           "best": best, "evaluated": evaluated, "skipped": [skipped, in_a_row],

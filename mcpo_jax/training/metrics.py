@@ -2,7 +2,8 @@
 
 A sink that fails is dropped with one warning; training goes on. The file is
 tried again: rows that a full disk refused are written when there is room. Of
-several processes the first alone has sinks.
+several processes the first alone has sinks, but for the file, which lies on
+every disk.
 """
 
 import collections
@@ -15,7 +16,7 @@ from typing import Any
 
 from absl import logging
 
-from mcpo_jax import commit, errors, hosts
+from mcpo_jax import commit, errors, hosts, storage
 
 _UNWRITTEN_ROWS = 10_000  # kept for a disk that has no room
 
@@ -42,16 +43,22 @@ class Writer:
   cuts off what it is about to write again."""
 
   def __init__(self, workdir: pathlib.Path, *, tensorboard: bool = False,
-               wandb: bool = False):
+               wandb: bool = False, mirror: str | None = None):
+    """Takes the file from `mirror`, a place in an object store, if the workdir
+    has none."""
     self.path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._copy = mirror and f"{mirror}/metrics.jsonl"
+    if self._copy and hosts.writes() and not self.path.exists():
+      content = storage.get_file(self._copy)
+      if content is not None:
+        commit.write_file(self.path, content.decode())
     self._sinks = {}
     self._unwritten = collections.deque(maxlen=_UNWRITTEN_ROWS)
-    if not hosts.is_first():
-      return
-    self._sinks["metrics.jsonl"] = self._write_line
-    if tensorboard:
+    if hosts.writes():
+      self._sinks["metrics.jsonl"] = self._write_line
+    if tensorboard and hosts.is_first():
       self._add("tensorboard", _tensorboard_sink, workdir)
-    if wandb:
+    if wandb and hosts.is_first():
       self._add("wandb", _wandb_sink, workdir)
 
   def _add(self, name: str, make, workdir) -> None:
@@ -59,6 +66,14 @@ class Writer:
       self._sinks[name] = make(pathlib.Path(workdir))
     except Exception as e:  # a logger must never stop a run
       logging.warning("%s is off: %s", name, e)
+
+  def keep(self) -> None:
+    """Has the store hold the file as it is now."""
+    if self._copy and hosts.is_first() and self.path.exists():
+      try:
+        storage.put(self._copy, self.path.read_bytes())
+      except errors.ResourceError as e:
+        logging.warning("metrics.jsonl is not copied: %s", e)
 
   def rewind(self, stage: str, step: int, *, evaluated: bool = True) -> None:
     """Drops lines of `stage` after `step`, those of an evaluation at `step`

@@ -6,7 +6,8 @@ written by the weights published `lag` rounds before it begins, never by those
 that happen to be there: with a lag a thread makes them while earlier rounds
 train, and a round that is not ready is waited for. Each round is one committed
 folder, so a run that restarts in the middle of one trains on the same sets.
-Beside it lie the samples of a round whose reward has not answered yet.
+Beside it lie the samples of a round whose reward has not answered yet. A mirror
+has every round too, for a machine whose disk has none.
 Several processes make a round between two updates, whatever the lag: what runs
 on the devices of all must be begun by all in the same order.
 """
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, faults, hosts, types
+from mcpo_jax import commit, errors, faults, hosts, storage, types
 from mcpo_jax.data import batches
 from mcpo_jax.training import batch as batch_lib
 from mcpo_jax.training import step as step_lib
@@ -123,6 +124,7 @@ class Rounds:
       seed: int,
       arrange: Callable[..., batch_lib.HostBatch],
       check: Callable[[int, Pool], None],
+      mirror: str | None = None,
   ):
     """Reads nothing yet.
 
@@ -134,10 +136,11 @@ class Rounds:
       seed: of the order of the sets.
       arrange: (sets, rows, visits) -> HostBatch, see `batch.arrange`.
       check: (step, pool) -> None at the start of every round: alarms.
+      mirror: place of the rounds in an object store.
     """
     self._plan, self._folder, self._fill = plan, folder, fill
     self._batch_size, self._seed = batch_size, seed
-    self._arrange, self._check = arrange, check
+    self._arrange, self._check, self._mirror = arrange, check, mirror
     self._usable: tuple[int, list[PoolSet]] | None = None
     self._pending: dict[int, concurrent.futures.Future] = {}
     self._thread = concurrent.futures.ThreadPoolExecutor(1)
@@ -159,7 +162,8 @@ class Rounds:
     plan, metrics = self._plan, {}
     current, place = divmod(step, plan.num_steps)
     if self._usable is None:
-      hosts.from_first("rounds", lambda: self._discard_after(step))
+      hosts.on_disk("rounds", lambda: self._discard_after(step))
+      hosts.from_first("the store's rounds", lambda: self._discard_copies(step))
     if place == 0:
       policy, moving = state.params, state.moving
       if plan.extrapolation:
@@ -221,8 +225,11 @@ class Rounds:
   def _begin(self, number: int, weights: Weights, step: int) -> None:
     """Starts to make a round that is not on disk already."""
     place = self._place(number)
-    if hosts.from_first("a round", lambda: is_there(place)):
+    if hosts.on_all_disks("a round", lambda: self._is_there(number)):
+      hosts.from_first("a round's copy", lambda: self._copy(number))
       return
+    hosts.on_disk("a round", lambda: shutil.rmtree(place, ignore_errors=True))
+    hosts.from_first("a round's copy", lambda: self._drop_copy(number))
 
     def make(weights):
       try:
@@ -234,9 +241,9 @@ class Rounds:
         raise
       faults.point("online.scored")
       write_pool(place, pool)
-      if hosts.is_first():
+      if hosts.writes():
         commit.remove_folder(samples_of(place))
-      hosts.wait_for_first("candidates")
+      hosts.from_first("candidates", lambda: self._copy(number))
       faults.point("online.committed")
 
     if self._plan.lag == 0 or hosts.count() > 1:
@@ -249,7 +256,47 @@ class Rounds:
     if number in self._pending:
       self._pending[number].result()
       del self._pending[number]
+    return self._read(number)
+
+  def _read(self, number: int) -> Pool:
+    if self._mirror is not None:
+      hosts.on_disk("a round", lambda: self._is_there(number))
     return read_pool(self._place(number))
+
+  def _is_there(self, number: int) -> bool:
+    """Whether a round lies on disk, after a look in the store."""
+    place = self._place(number)
+    if is_there(place):
+      return True
+    if self._mirror is None:
+      return False
+    try:
+      storage.pull(self._copy_of(number), place)
+      return True
+    except errors.CheckpointError as e:
+      if e.slug != "ckpt.uncommitted":
+        logging.warning("the store's round %s: %s", place.name, e)
+      return False
+
+  def _copy(self, number: int) -> None:
+    """Has the store hold a round."""
+    if self._mirror is not None:
+      storage.push(self._place(number), self._copy_of(number))
+
+  def _copy_of(self, number: int) -> str:
+    return f"{self._mirror}/{self._place(number).name}"
+
+  def _discard_copies(self, step: int) -> None:
+    """As `_discard_after`, of the store."""
+    plan = self._plan
+    for number in storage.steps(self._mirror) if self._mirror else ():
+      if max(0, number - plan.lag) * plan.num_steps > step:
+        storage.remove(self._copy_of(number))
+
+  def _drop_copy(self, number: int) -> None:
+    """Makes room in the store for a round that is made again."""
+    if self._mirror is not None and number in storage.steps(self._mirror):
+      storage.remove(self._copy_of(number))
 
   def _discard_after(self, step: int) -> None:
     """Drops rounds written by weights that the restored run has yet to
@@ -273,8 +320,7 @@ class Rounds:
           hint="raise generation.temperature or online.num_candidates, or take "
           "a finer reward")
     for number in range(max(0, current - self._plan.replay), current):
-      usable += [s for s in read_pool(self._place(number)).sets
-                 if s.has_contrast]
+      usable += [s for s in self._read(number).sets if s.has_contrast]
     return usable
 
 

@@ -48,6 +48,8 @@ _FREE = re.compile(
 # give other weights or log-probs than before.
 CACHE_VERSION = 3
 
+_LOOK_SECONDS = 30  # for a file of another machine to be seen
+
 
 class Run(NamedTuple):
   """One workdir at work."""
@@ -92,11 +94,12 @@ def open_run(
       or (workdir if hosts.count() > 1 else pathlib.Path.home())
       / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
+  if hosts.count() > 1:
+    find_disks(config, workdir, cache)
+  if hosts.apart() and not hosts.is_first():
+    claim(config, workdir)
   for part in ("data", "starts", "reference"):
     commit.sweep(cache / part)
-  if hosts.count() > 1:
-    check_shared(workdir)
-    check_shared(cache)
   keep_programs(cache)
   check_devices()
   mesh, sampler_mesh = open_meshes(config)
@@ -113,8 +116,7 @@ def open_run(
   if config["model"]["path"]:
     model_dir = resolve_once(
         workdir, config["model"]["path"], config["model"]["revision"])
-  run_id = hosts.from_first(
-      "the config", lambda: store_config(config, workdir))
+  run_id = hosts.on_disk("the config", lambda: store_config(config, workdir))
   launches.record(workdir)
   return Run(config, workdir, cache, mesh, model_dir,
              open_tokenizer(config, workdir, model_dir), {}, sampler_mesh,
@@ -218,27 +220,63 @@ def claim(config: dict[str, Any], workdir: pathlib.Path) -> None:
           hint="use a fresh --workdir, or the config of that run")
 
 
-def check_shared(folder: pathlib.Path) -> None:
-  """Refuses a folder that not all processes see.
+def find_disks(
+    config: dict[str, Any], workdir: pathlib.Path, cache: pathlib.Path
+) -> None:
+  """Finds out whether all processes see the same folders, or each its own.
 
   Raises:
-    ResourceError: hosts.shared.
+    ResourceError: hosts.shared, some share what others do not, or what lies on
+      disks of their own has no place in a store where it meets.
+    ConfigError: hosts.disks, a setting needs what lies on all disks together.
   """
-  path = folder / ".shared"
+  folders = [workdir.resolve(), cache.resolve()]
+  own, machine = os.urandom(8).hex(), socket.gethostname()
+  for folder in folders if hosts.is_first() else ():
+    commit.write_file(folder / ".shared", own)
+  want, where = hosts.from_first("the disks", lambda: [own, machine])
 
-  def mark() -> str:
-    text = os.urandom(8).hex()
-    commit.write_file(path, text)
-    return text
+  def read(folder: pathlib.Path) -> str | None:
+    path = folder / ".shared"
+    return path.read_text() if path.exists() else None
 
-  want, deadline = hosts.from_first(str(folder), mark), time.monotonic() + 30
-  while not path.exists() or path.read_text() != want:
-    if time.monotonic() > deadline:
-      raise errors.ResourceError(
-          "hosts.shared", "not the folder that the first process has",
-          where=f"{folder} on {socket.gethostname()}",
-          want="a file system that all hosts share")
-    time.sleep(0.1)  # network file systems remember that there was no file
+  # Network file systems remember for a while that there was no file.
+  deadline = time.monotonic() + (0 if machine == where else _LOOK_SECONDS)
+  while ([read(folder) for folder in folders] != [want, want]
+         and time.monotonic() < deadline):
+    time.sleep(0.1)
+  shared = [read(folder) == want for folder in folders]
+  hosts.meet("the disks")
+  for folder in () if any(shared) else folders:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ".shared").write_text(own)
+  hosts.meet("the disks")
+  alone = [read(folder) == own for folder in folders]
+  told = hosts.gather("the disks", [
+      str(workdir), str(cache), machine, shared, alone])[1:]
+  if all(all(one[3]) for one in told):
+    return
+  mixed = [one for one in told if any(one[3]) or not all(one[4])]
+  if mixed or not config["checkpoint"]["mirror"]:
+    workdir, cache, machine, *_ = (mixed or told)[0]
+    raise errors.ResourceError(
+        "hosts.shared", "not the folders that the first process has, nor all "
+        "of them its own" if mixed else
+        "not the folder that the first process has",
+        where=f"{workdir} and {cache} on {machine}",
+        want="a workdir and a cache that all processes share, or both of its "
+        "own for each",
+        hint="with folders of their own checkpoint.mirror names the place in "
+        "a store where checkpoints meet")
+  steps = [one for one in config["evaluation"]["models"] if "step:" in one]
+  if steps:
+    raise errors.ConfigError(
+        "hosts.disks", "no process has a whole checkpoint where each has a "
+        "disk of its own", where="evaluation.models", got=steps,
+        hint="evaluate them in one process")
+  hosts.set_apart(True)
+  logging.info("each of %d processes has a disk of its own; checkpoints meet in"
+               " %s", hosts.count(), config["checkpoint"]["mirror"])
 
 
 def store_config(config: dict[str, Any], workdir: pathlib.Path) -> str:
@@ -248,7 +286,9 @@ def store_config(config: dict[str, Any], workdir: pathlib.Path) -> str:
   if not fresh:
     run_id = json.loads(path.read_text())["run"]
   if mirror:
-    run_id = storage.claim(mirror, run_id, fresh=fresh)
+    claim_it = lambda: storage.claim(mirror, run_id, fresh=fresh)
+    first = hosts.from_first("the run", claim_it)
+    run_id = first if hosts.is_first() else claim_it()
   commit.write_file(path, json.dumps(
       {"version": settings.CONFIG_VERSION, "run": run_id, "config": config},
       indent=1, sort_keys=True))
