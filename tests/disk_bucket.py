@@ -1,4 +1,4 @@
-"""A bucket of whole objects for several processes: bucket://runs/one is
+"""A bucket of whole objects for several processes: pail://runs/one is
 MCPO_BUCKET/runs/one. Whoever imports this can open it."""
 
 import os
@@ -12,7 +12,7 @@ from fsspec.implementations import local
 class Bucket(local.LocalFileSystem):
   """Objects are put whole, read, listed and deleted; there is nothing else."""
 
-  protocol = "bucket"
+  protocol = "pail"
 
   def _refuse(self, *args, **kwargs):
     raise NotImplementedError("not in a bucket")
@@ -21,7 +21,7 @@ class Bucket(local.LocalFileSystem):
 
   @classmethod
   def _strip_protocol(cls, path):
-    path = str(path).removeprefix("bucket://")
+    path = str(path).removeprefix("pail://")
     root = os.environ["MCPO_BUCKET"]
     return path if path.startswith(root) else f"{root}/{path}".rstrip("/")
 
@@ -48,4 +48,4 @@ class Bucket(local.LocalFileSystem):
     pathlib.Path(lpath).write_bytes(self.cat_file(rpath))
 
 
-fsspec.register_implementation("bucket", Bucket, clobber=True)
+fsspec.register_implementation("pail", Bucket, clobber=True)

@@ -2,6 +2,7 @@
 real command lines, kill -9 of all, disks that are lost."""
 
 import pathlib
+import re
 import shutil
 import socket
 import subprocess
@@ -12,15 +13,21 @@ import pytest
 import run_cases
 import safetensors.numpy
 
+from mcpo_jax import errors, hosts
+from mcpo_jax.training import setup
+
 FLAGS = [
     "--config.stages=sft,preference,export", "--config.data.eval_fraction=0.0",
     "--config.sft.num_steps=6", "--config.num_steps=4",
     "--config.objective.name=dpo", "--config.kernel.strategy=random",
     "--config.kernel.temperature=None",
     "--config.model.num_layers=1", "--config.data.num_streams=4",
-    "--config.checkpoint.every_steps=2", "--config.mesh.data=1",
-    "--config.mesh.fsdp=-1", "--config.checkpoint.mirror=bucket://run",
+    "--config.checkpoint.every_steps=2", "--config.checkpoint.keep=2",
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=-1", "--config.checkpoint.mirror=pail://run",
 ]
+# Of an array that fsdp=2 cuts in two.
+SECOND = "params.layers.mlp.up_proj.kernel/0.1.0"
 TESTS = pathlib.Path(__file__).parent
 
 
@@ -72,7 +79,11 @@ def said(place, index):
 
 
 def kill(place, started, stage, wanted):
-  """Kills all with -9 once these steps are committed; their disks go."""
+  """Kills all with -9 once these steps are committed; their disks go.
+
+  Returns:
+    of each disk the pieces of arrays that it held of the last of the steps.
+  """
   deadline = time.monotonic() + 600
   while steps(place, stage) != wanted:
     assert time.monotonic() < deadline and all(
@@ -80,9 +91,14 @@ def kill(place, started, stage, wanted):
     time.sleep(0.05)
   for process in started:
     process.kill()
+  held = []
   for i, process in enumerate(started):
     process.wait()
+    folder = place / str(i) / stage / "checkpoints" / str(wanted[-1])
+    held.append({str(path.relative_to(folder)) for path in folder.glob(
+        "default/*/[0-9]*")})
     shutil.rmtree(place / str(i))
+  return held
 
 
 def steps(place, stage):
@@ -93,27 +109,109 @@ def steps(place, stage):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """A run in one process that nobody disturbs; and one in two whose disks are
-  lost in sft, and again in the preference stage, whose newest checkpoint then
-  is damaged; one process ends it."""
+  lost in sft, whose newest checkpoint is damaged then, and again in the
+  preference stage; one process ends it."""
   folder = tmp_path_factory.mktemp("disks")
   flags = run_cases.write_data(folder / "data") + FLAGS
   one, many = folder / "one", folder / "many"
   alone = start(one, [*flags, "--config.checkpoint.mirror=None"], processes=1,
                 devices=2)
-  slow = "step.after@5:sleep=600"  # after sft 5, then after preference 3
-  kill(many, start(many, flags, fault=slow), "sft", [2, 4])
-  kill(many, start(many, flags, fault=slow), "preference", [2])
+  kill(many, start(many, flags, fault="step.after@5:sleep=600"), "sft", [2, 4])
+  piece = many / "bucket/run/sft/4/default" / SECOND
+  content = bytearray(piece.read_bytes())
+  content[5] ^= 8
+  piece.write_bytes(content)
+  held = kill(many, start(many, flags, fault="step.after@7:sleep=600"),
+              "preference", [2])  # 4 of sft and 3 of preference
   seen = {stage: steps(many, stage) for stage in ("sft", "preference")}
   finish(one, alone, 0)
   finish(many, start(many, flags, processes=1, devices=2), 0)
-  return one, many, seen
+  return one, many, seen, held
 
 
 def test_what_lost_disks_goes_on_and_ends_with_the_same_weights(runs):
-  one, many, seen = runs
+  one, many, seen, _ = runs
   assert seen == {"sft": [4, 6], "preference": [2]}
+  assert "sft resumes at step 2" in said(many, 0)
+  assert "checkpoint 4 skipped" in said(many, 0)
+  assert "preference resumes at step 2" in said(many, 0)
   for name in ("sft/model", "preference/model", "export"):
     want, got = (safetensors.numpy.load_file(
         x / "0" / name / "model.safetensors") for x in (one, many))
     for key, value in want.items():
       np.testing.assert_array_equal(got[key], value, err_msg=key)
+
+
+def test_each_disk_holds_its_own_pieces_and_the_bucket_all(runs):
+  _, many, _, (first, second) = runs
+  assert SECOND in {name.removeprefix("default/") for name in second}
+  assert not first & second
+  there = many / "bucket/run/preference/2"
+  assert first | second == {str(path.relative_to(there)) for path in there.glob(
+      "default/*/[0-9]*")}
+
+
+def test_metrics_and_the_export_come_to_the_bucket(runs):
+  one, many, _, _ = runs
+  rows = [[(row["stage"], row["step"], row.get("loss")) for row in
+           run_cases.metrics(x / "0")] for x in (one, many)]
+  assert rows[0] == rows[1] and len(rows[0]) == 6 + 4
+  name = "export/model.safetensors"
+  assert (many / "bucket/run" / name).read_bytes() == (
+      many / "0" / name).read_bytes()
+
+
+@pytest.fixture
+def third(monkeypatch, tmp_path):
+  """This is the last of three processes, on the machine of all; gives what it
+  finds of (workdir, cache), or its error, and whether disks are apart."""
+
+  def look(shares=(), mirror=None, second=(), models=()):
+    """`shares`: folders that are the first's; `second`: of them and whether
+    its own were left alone, as the second process has it."""
+    folders = {name: tmp_path / name for name in ("workdir", "cache")}
+    for name in shares:
+      folders[name].mkdir()
+      (folders[name] / ".shared").write_text("the first's")
+    monkeypatch.setattr(hosts, "_place", hosts.Place(2, 3, None))
+    monkeypatch.setattr(hosts, "from_first", lambda what, make: [
+        "the first's", socket.gethostname()])
+    monkeypatch.setattr(hosts, "meet", lambda what: None)
+    monkeypatch.setattr(hosts, "gather", lambda what, own: [
+        ["first", [True, True], [True, True]], ["second", *second], own])
+    config = {"checkpoint": {"mirror": mirror},
+              "evaluation": {"models": models}}
+    try:
+      setup.find_disks(config, *folders.values())
+      return None, hosts.apart()
+    except errors.McpoError as e:
+      return f"{e.slug} {e.where}", None
+    finally:
+      hosts.set_apart(False)
+
+  return look
+
+
+OWN = ([False, False], [True, True])
+SHARED = ([True, True], [False, False])
+
+
+@pytest.mark.parametrize("case, want, apart", [
+    ({"shares": ["workdir", "cache"], "second": SHARED}, None, False),
+    ({"mirror": "gs://b/run", "second": OWN}, None, True),
+    ({"second": OWN}, "hosts.shared .*workdir and", None),
+    ({"shares": ["workdir"], "mirror": "gs://b/run", "second": OWN},
+     "hosts.shared .*workdir and", None),
+    ({"mirror": "gs://b/run", "second": SHARED}, "hosts.shared second", None),
+    ({"mirror": "gs://b/run", "second": ([False, False], [True, False])},
+     "hosts.shared second", None),
+    ({"mirror": "gs://b/run", "second": OWN, "models": ["a=step:3"]},
+     "hosts.disks evaluation.models", None),
+])
+def test_processes_find_out_whether_they_share_their_disks(
+    third, case, want, apart):
+  found, is_apart = third(**case)
+  assert is_apart == apart
+  assert (found is None) == (want is None)
+  if want is not None:
+    assert re.match(want, found), found

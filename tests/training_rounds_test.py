@@ -2,8 +2,10 @@
 
 import functools
 import json
+import shutil
 import threading
 
+import disk_bucket  # noqa: F401
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,13 +71,21 @@ def state_of(weight, moving=None):
       () if moving is None else {"w": jnp.float32(moving)})
 
 
-def make(folder, fill, checked=None, **changes):
+@pytest.fixture
+def store(tmp_path, monkeypatch):
+  """A place in an object store."""
+  monkeypatch.setenv("MCPO_BUCKET", str(tmp_path / "bucket"))
+  (tmp_path / "bucket").mkdir()
+  return "pail://run/rounds"
+
+
+def make(folder, fill, checked=None, mirror=None, **changes):
   arrange = functools.partial(
       batch.arrange, seed=3, num_slots=SLOTS, preferred="best", top_k=None)
   return rounds_lib.Rounds(
       plan(**changes), folder, fill, batch_size=BATCH, seed=3, arrange=arrange,
       check=lambda step, pool: None if checked is None else checked.append(
-          (step, pool.metrics["candidates/score"])))
+          (step, pool.metrics["candidates/score"])), mirror=mirror)
 
 
 def walk(rounds, first, last, state=None):
@@ -146,15 +156,20 @@ def same(one, other):
 
 @pytest.mark.parametrize("lag", [0, 1])
 @pytest.mark.parametrize("stopped", [4, 6])  # in a round, and between two
+@pytest.mark.parametrize("lost", [False, True])
 def test_a_restart_makes_the_same_batches_and_no_round_twice(
-    tmp_path, lag, stopped):
+    tmp_path, store, lag, stopped, lost):
   whole, _ = walk(make(tmp_path / "a", Fake(), lag=lag), 0, 12)
-  first = make(tmp_path / "b", Fake(), lag=lag)
+  mirror = store if lost else None
+  first = make(tmp_path / "b", Fake(), lag=lag, mirror=mirror)
   walk(first, 0, stopped + 2)
   first.settle()
   first.close()
+  if lost:
+    shutil.rmtree(tmp_path / "b")
   fill = Fake()
-  again, _ = walk(make(tmp_path / "b", fill, lag=lag), stopped, 12)
+  again, _ = walk(
+      make(tmp_path / "b", fill, lag=lag, mirror=mirror), stopped, 12)
   for (one, _), (other, _) in zip(whole[stopped:], again):
     same(one, other)
   assert list(fill.made) == {
@@ -182,6 +197,16 @@ def test_a_damaged_round_is_made_again_where_its_weights_are_here(tmp_path):
   with pytest.raises(errors.CheckpointError) as e:
     walk(make(tmp_path, Fake()), 4, 5)
   assert e.value.slug == "ckpt.missing_data" and "000001" in e.value.where
+
+
+def test_a_damaged_round_of_the_store_is_made_again(tmp_path, store):
+  walk(make(tmp_path / "a", Fake(), mirror=store), 0, 7)
+  path = tmp_path / "bucket/run/rounds/000002/candidates.jsonl"
+  path.write_bytes(path.read_bytes().replace(b"policy", b"polity", 1))
+  for folder, made in (("b", [2]), ("c", [])):
+    fill = Fake()
+    walk(make(tmp_path / folder, fill, mirror=store), 6, 7)
+    assert list(fill.made) == made
 
 
 def test_r6_a_round_of_ties_ends_the_run(tmp_path):

@@ -232,6 +232,7 @@ def find_disks(
   """
   folders = [workdir.resolve(), cache.resolve()]
   own, machine = os.urandom(8).hex(), socket.gethostname()
+  mirror = config["checkpoint"]["mirror"]
   for folder in folders if hosts.is_first() else ():
     commit.write_file(folder / ".shared", own)
   want, where = hosts.from_first("the disks", lambda: [own, machine])
@@ -247,36 +248,35 @@ def find_disks(
     time.sleep(0.1)
   shared = [read(folder) == want for folder in folders]
   hosts.meet("the disks")
-  for folder in () if any(shared) else folders:
+  for folder in folders if mirror and not any(shared) else ():
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ".shared").write_text(own)
   hosts.meet("the disks")
   alone = [read(folder) == own for folder in folders]
   told = hosts.gather("the disks", [
-      str(workdir), str(cache), machine, shared, alone])[1:]
-  if all(all(one[3]) for one in told):
+      f"{workdir} and {cache} on {machine}", shared, alone])
+  hosts.set_apart(not all(all(seen) for _, seen, _ in told))
+  if not hosts.apart():
     return
-  mixed = [one for one in told if any(one[3]) or not all(one[4])]
-  if mixed or not config["checkpoint"]["mirror"]:
-    workdir, cache, machine, *_ = (mixed or told)[0]
+  mixed = [place for place, seen, alone in told[1:]
+           if any(seen) or not all(alone)] or [
+               place for place, _, alone in told[:1] if not all(alone)]
+  if mixed or not mirror:
     raise errors.ResourceError(
-        "hosts.shared", "not the folders that the first process has, nor all "
-        "of them its own" if mixed else
-        "not the folder that the first process has",
-        where=f"{workdir} and {cache} on {machine}",
+        "hosts.shared", "not the folders that the first process has",
+        where=(mixed or [told[1][0]])[0],
         want="a workdir and a cache that all processes share, or both of its "
-        "own for each",
-        hint="with folders of their own checkpoint.mirror names the place in "
-        "a store where checkpoints meet")
+        "own for each of them",
+        hint="with folders of its own for each, checkpoint.mirror names the "
+        "place in a store where checkpoints meet")
   steps = [one for one in config["evaluation"]["models"] if "step:" in one]
   if steps:
     raise errors.ConfigError(
         "hosts.disks", "no process has a whole checkpoint where each has a "
         "disk of its own", where="evaluation.models", got=steps,
         hint="evaluate them in one process")
-  hosts.set_apart(True)
   logging.info("each of %d processes has a disk of its own; checkpoints meet in"
-               " %s", hosts.count(), config["checkpoint"]["mirror"])
+               " %s", hosts.count(), mirror)
 
 
 def store_config(config: dict[str, Any], workdir: pathlib.Path) -> str:
