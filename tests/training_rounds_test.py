@@ -176,11 +176,12 @@ def test_a_restart_makes_the_same_batches_and_no_round_twice(
       4: {0: [2, 3], 1: [3]}, 6: {0: [3], 1: []}}[stopped][lag]
 
 
+@pytest.mark.parametrize("folder", ["a", "b"])
 def test_rounds_of_weights_the_restored_run_has_not_reached_are_dropped(
-    tmp_path):
-  walk(make(tmp_path, Fake()), 0, 7)
-  fill = Fake()
-  walk(make(tmp_path, fill), 4, 7)  # a checkpoint of step 4 was restored
+    tmp_path, store, folder):
+  walk(make(tmp_path / "a", Fake(), mirror=store), 0, 7)
+  fill = Fake()  # a checkpoint of step 4 was restored
+  walk(make(tmp_path / folder, fill, mirror=store), 4, 7)
   assert list(fill.made) == [2]
   assert fill.made[2][0] == 6
 
