@@ -5,14 +5,15 @@
 #            WORKDIR=/runs/e2e TPU=tpu-v5-lite-podslice TOPOLOGY=4x4 HOSTS=4 \
 #            bash launch/gke.sh [--config.seed=1 ...] | kubectl apply -f -
 # IMAGE is built of launch/Dockerfile with EXTRA=tpu; CLAIM is a volume claim
-# that all pods mount at /runs. Environment: SLICES (1), CHIPS of a host (4).
+# that all pods mount at /runs. Without CLAIM each pod has a disk of its own, and
+# --config.checkpoint.mirror=gs://BUCKET/RUN is where checkpoints meet; the image
+# then is built with EXTRA=tpu,gcs. Environment: SLICES (1), CHIPS of a host (4).
 # A preempted or crashed run starts again as a whole and goes on from its last
 # checkpoint; an error of the user's (exit codes 2 to 5), or a loss that is not
 # finite (8), ends it.
 set -euo pipefail
 : "${NAME:?the name of the job}"
 : "${IMAGE:?the image, built of launch/Dockerfile with EXTRA=tpu}"
-: "${CLAIM:?the persistent volume claim that all pods mount at /runs}"
 : "${CONFIG:?the config file, in the image}"
 : "${WORKDIR:?the folder of the run, under /runs}"
 : "${TPU:?the accelerator of the node pool, such as tpu-v5-lite-podslice}"
@@ -74,9 +75,13 @@ spec:
               - containerPort: 8080
               resources:
                 limits: {google.com/tpu: ${CHIPS:-4}}
+YAML
+if [[ -n "${CLAIM:-}" ]]; then
+  cat <<YAML
               volumeMounts:
               - {name: runs, mountPath: /runs}
             volumes:
             - name: runs
               persistentVolumeClaim: {claimName: $(quote "$CLAIM")}
 YAML
+fi

@@ -6,8 +6,8 @@
 #            [--config.seed=1 ...]
 # Each worker has the checkout in CHECKOUT (mcpo_jax, in the home folder). WORKDIR
 # lies on a file system that all of them mount, or on the disk of each, and then
-# --config.checkpoint.mirror=gs://BUCKET/RUN is where checkpoints meet. The same
-# line resumes.
+# --config.checkpoint.mirror=gs://BUCKET/RUN is where checkpoints meet and
+# EXTRA=tpu,gcs has what reads it. The same line resumes.
 set -euo pipefail
 : "${TPU_NAME:?the name of the TPU}"
 : "${ZONE:?its zone}"
@@ -15,8 +15,8 @@ set -euo pipefail
 : "${WORKDIR:?the folder of the run}"
 
 printf -v flags ' %q' "$@"
-printf -v line 'cd %q && MCPO_COORDINATOR=auto EXTRA=tpu CONFIG=%q WORKDIR=%q' \
-  "${CHECKOUT:-mcpo_jax}" "$CONFIG" "$WORKDIR"
+printf -v line 'cd %q && MCPO_COORDINATOR=auto EXTRA=%q CONFIG=%q WORKDIR=%q' \
+  "${CHECKOUT:-mcpo_jax}" "${EXTRA:-tpu}" "$CONFIG" "$WORKDIR"
 if (($# == 0)); then
   flags=""
 fi

@@ -161,6 +161,36 @@ def test_metrics_and_the_export_come_to_the_bucket(runs):
       many / "0" / name).read_bytes()
 
 
+@pytest.mark.nightly
+def test_online_rounds_come_back_to_disks_that_were_lost_within_one(tmp_path):
+  flags = [*run_cases.write_data(tmp_path / "data"), *FLAGS,
+           "--config.stages=sft,preference", "--config.num_steps=6",
+           "--config.checkpoint.every_steps=3",
+           "--config.online.enabled=True",
+           "--config.online.prompts_per_round=10",
+           "--config.online.num_candidates=4",
+           "--config.generation.max_new_tokens=9",
+           "--config.reward.name=online_rewards:letters"]
+  one, many = tmp_path / "one", tmp_path / "many"
+  alone = start(one, [*flags, "--config.checkpoint.mirror=None"], processes=1,
+                devices=2)
+  # Rounds are of two updates; after the fourth of them, and 6 of sft.
+  kill(many, start(many, flags, fault="step.after@10:sleep=600"),
+       "preference", [3])
+  assert [path.name for path in sorted((
+      many / "bucket/run/preference/rounds").iterdir())] == ["000000", "000001"]
+  finish(one, alone, 0)
+  finish(many, start(many, flags), 0)
+  assert "preference resumes at step 3" in said(many, 0)
+  assert "round 1:" not in said(many, 0).split("resumes at step 3")[1]
+  weights = [safetensors.numpy.load_file(
+      x / "preference/model/model.safetensors")
+             for x in (one / "0", many / "0", many / "1")]
+  for key, value in weights[0].items():
+    for other in weights[1:]:
+      np.testing.assert_array_equal(other[key], value, err_msg=key)
+
+
 @pytest.fixture
 def third(monkeypatch, tmp_path):
   """This is the last of three processes, on the machine of all; gives what it

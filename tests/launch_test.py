@@ -37,7 +37,7 @@ def test_script_parses_and_stops_at_the_first_error(script):
     ("run_local", {"CONFIG": "c", "WORKDIR": ""}, "WORKDIR: the folder"),
     ("tpu_pod", {"TPU_NAME": ""}, "TPU_NAME: the name of the TPU"),
     ("tpu_pod", {"TPU_NAME": "t", "ZONE": ""}, "ZONE: its zone"),
-    ("gke", {"NAME": "n", "IMAGE": "i", "CLAIM": ""}, "CLAIM: the persistent"),
+    ("gke", {"NAME": "n", "IMAGE": "i", "CONFIG": ""}, "CONFIG: the config"),
     ("slurm", {"SLURM_SUBMIT_DIR": ""}, "call this by sbatch"),
     ("slurm", {"SLURM_SUBMIT_DIR": ".", "CONFIG": ""}, "CONFIG: the config"),
 ])
@@ -140,10 +140,11 @@ def test_a_required_skip_is_a_failure(tmp_path, require, outcome):
   assert outcome in done.stdout, done.stdout
 
 
-def test_a_jobset_runs_the_same_line_on_every_host():
+@pytest.mark.parametrize("claim", ["runs", ""])
+def test_a_jobset_runs_the_same_line_on_every_host(claim):
   flags = ["--config.objective.name=a,b*0.5", '--config.reward.name="x\\y"']
   done = _run("bash", str(ROOT / "launch" / "gke.sh"), *flags, NAME="e2e",
-              IMAGE="registry/mcpo_jax:1", CLAIM="runs",
+              IMAGE="registry/mcpo_jax:1", CLAIM=claim,
               CONFIG="configs/e2e.py",
               WORKDIR="/runs/a run", TPU="tpu-v5-lite-podslice",
               TOPOLOGY="4x4", HOSTS="4", SLICES="2")
@@ -157,6 +158,10 @@ def test_a_jobset_runs_the_same_line_on_every_host():
   given = {one["name"]: one["value"] for one in container["env"]}
   assert given == {"MCPO_COORDINATOR": "auto", "CONFIG": "configs/e2e.py",
                    "WORKDIR": "/runs/a run"}
+  volumes = job["template"]["spec"].get("volumes", [])
+  assert [one["persistentVolumeClaim"]["claimName"] for one in volumes] == (
+      [claim] if claim else [])
+  assert len(container.get("volumeMounts", [])) == len(volumes)
 
 
 def test_the_image_holds_what_its_script_needs():
