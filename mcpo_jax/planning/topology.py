@@ -116,6 +116,8 @@ def open_devices(topology: Topology) -> list[Any]:
 def prepare(environment: dict[str, str] = os.environ) -> None:
   """Sets what must stand in the environment before JAX is imported."""
   environment["JAX_PLATFORMS"] = "cpu"
+  # What is kept for later runs cannot be read without a device (jax 0.10.2).
+  environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
   # A compiler looks for the host that it runs on; several of them may run.
   environment.setdefault("TPU_SKIP_MDS_QUERY", "1")
   environment.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
