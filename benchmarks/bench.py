@@ -151,6 +151,7 @@ def run_steps(args: argparse.Namespace) -> dict:
   if args.what != "score" and args.reference == "given":
     known = {batch.rows[0]: sequence_logps(batch) for batch in batches}
     reference = stage_lib.Reference(lambda batch: known[batch.rows[0]])
+    policy = sequence_logps = None  # as in runs, which read them from a file
 
   def run():
     if args.what == "score":

@@ -125,6 +125,9 @@ def run_side(side: str, fixture: pathlib.Path, preload: str | None) -> dict:
   """One process on the last core of this one."""
   env = os.environ | {
       "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+      # As launch/*.sh ask for.
+      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+      "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512",
       "PYTHONPATH": str(ROOT)}
   if preload:
     env["LD_PRELOAD"] = preload

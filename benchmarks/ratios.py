@@ -106,8 +106,10 @@ def run_side(
   fixture = (args.fixtures / preset).resolve()
   env = os.environ | {
       "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu",
-      # Large pages for large arrays, as launch/*.sh ask for; of all sides.
-      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+      # As launch/*.sh ask for, of all sides: large pages for large arrays, and
+      # for those in JAX vectors of 512 bits.
+      "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+      "XLA_FLAGS": "--xla_cpu_prefer_vector_width=512"}
   batch = [] if "generat" in line else [f"--batch={BATCH[preset]}"]
   if owner == "ours":
     command = [sys.executable, ROOT / "benchmarks" / "bench.py", *line.split(),

@@ -223,9 +223,12 @@ def draw(logits: Array, rows: Rows) -> tuple[Array, Array]:
 
   greedy = (rows.temperature == 0)[:, None]
   noise = jnp.where(greedy, 0, jax.vmap(noise)(rows.keys, rows.positions))
-  best = jnp.max(blocks, axis=-1)
+  # The barriers keep XLA from reading all logits again for what the blocks
+  # have told.
+  best = jax.lax.optimization_barrier(jnp.max(blocks, axis=-1))
   top = jnp.max(best, axis=-1, keepdims=True)
   masses = jnp.sum(jnp.exp(blocks - top[..., None]), axis=-1)
+  masses = jax.lax.optimization_barrier(masses)
   scores = jnp.where(greedy, best, jnp.log(masses) + noise[:, :number])
   block = jnp.argmax(scores, axis=-1)[:, None]
   within = jnp.take_along_axis(blocks, block[..., None], axis=1)[:, 0]

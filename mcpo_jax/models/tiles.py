@@ -81,7 +81,7 @@ def attend(
     def stream(x):
       *qkv, seen, met = x
       head = _Head(*seen, met, scale, softcap, tile)
-      return jax.vmap(head.forward)(tuple(qkv))
+      return jax.vmap(head.forward, (0, 1, 1))(*qkv)
 
     out, log_sum = checkpoint_name(each(stream, inputs), OUTPUT)
     return out, (inputs, out, log_sum)
@@ -90,15 +90,15 @@ def attend(
     def stream(x):
       (*qkv, seen, met), *of_out = x
       head = _Head(*seen, met, scale, softcap, tile)
-      return jax.vmap(head.backward)((*qkv, *of_out))
+      return jax.vmap(head.backward, (0, 1, 1, 0, 0, 0), (0, 1, 1))(
+          *qkv, *of_out)
 
     return *each(stream, (*saved, d_out)), None, None
 
   run.defvjp(forward, backward)
   q = q.reshape(streams, length, kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
-  # With keys and values as [E, T] all products have a form that XLA:CPU runs
-  # fast.
-  k, v = (x.transpose(0, 2, 3, 1) for x in (k, v))
+  # Keys and values stay as they are, and their tiles are turned as they are
+  # cut: XLA:CPU takes ten times as long to turn a stream of rotated keys.
   out = run(q, k, v, seen, met)  # [S, N, H / N, Q, E]
   return out.transpose(0, 3, 1, 2, 4).reshape(streams, length, heads, width)
 
@@ -113,15 +113,14 @@ class _Head(NamedTuple):
   softcap: float | None
   tile: int
 
-  def forward(self, qkv):
-    """q [R, Q, E], k and v [E, T] -> [R, Q, E], log-sum-exp [R, Q]."""
-    q, k, v = qkv
+  def forward(self, q, k, v):
+    """q [R, Q, E], k and v [T, E] -> [R, Q, E], log-sum-exp [R, Q]."""
 
     def over_queries(block):
       seen, take = self._queries(block)
       q_tile = take(q)
       rows = len(q_tile)
-      count, place = self._keys(block, k.shape[1])
+      count, place = self._keys(block, len(k))
 
       def over_keys(i, carry):
         top, total, out = carry
@@ -131,7 +130,7 @@ class _Head(NamedTuple):
         new = jnp.maximum(top, scores.max(-1, keepdims=True))
         weights, old = jnp.exp(scores - new), jnp.exp(top - new)
         total = old * total + weights.sum(-1, keepdims=True)
-        values = _matmul(weights.astype(v.dtype), v_tile.T)
+        values = _matmul(weights.astype(v.dtype), v_tile)
         return new, total, old * out + values
 
       wide = _wide(q.dtype)
@@ -147,9 +146,8 @@ class _Head(NamedTuple):
     out, log_sum = lax.map(over_queries, jnp.arange(len(self.met.own)))
     return self._join(out), self._join(log_sum)[..., 0]
 
-  def backward(self, saved):
+  def backward(self, q, k, v, out, log_sum, d_out):
     """Gradients of q, k, v in their shapes."""
-    q, k, v, out, log_sum, d_out = saved
     wide = _wide(q.dtype)
     # Of a softmax: d scores = weights * (d weights - their weighted mean).
     mean = jnp.sum(out.astype(wide) * d_out, axis=-1, keepdims=True)
@@ -158,7 +156,7 @@ class _Head(NamedTuple):
       seen, take = self._queries(block)
       q_tile, d_tile = take(q), take(d_out)
       log_sum_tile, mean_tile = take(log_sum[..., None]), take(mean)
-      count, place = self._keys(block, k.shape[1])
+      count, place = self._keys(block, len(k))
 
       def over_keys(i, carry):
         d_q, d_k, d_v = carry
@@ -167,17 +165,17 @@ class _Head(NamedTuple):
             q_tile, k, v, seen, span
         )
         weights = jnp.exp(scores - log_sum_tile)
-        d_scores = weights * (_matmul(d_tile, v_tile) - mean_tile) * slope
+        d_scores = weights * (_matmul(d_tile, v_tile.T) - mean_tile) * slope
         weights, d_scores = weights.astype(q.dtype), d_scores.astype(q.dtype)
 
         def add(whole, x):
-          old = lax.dynamic_slice_in_dim(whole, start, self.tile, axis=1)
-          return lax.dynamic_update_slice_in_dim(whole, old + x, start, axis=1)
+          old = lax.dynamic_slice_in_dim(whole, start, self.tile)
+          return lax.dynamic_update_slice_in_dim(whole, old + x, start, 0)
 
         return (
-            d_q + _matmul(d_scores, k_tile.T),
-            add(d_k, _matmul(q_tile.T, d_scores)),
-            add(d_v, _matmul(d_tile.T, weights)),
+            d_q + _matmul(d_scores, k_tile),
+            add(d_k, _matmul(d_scores.T, q_tile)),
+            add(d_v, _matmul(weights.T, d_tile)),
         )
 
       d_q, *carry = lax.fori_loop(
@@ -221,16 +219,16 @@ class _Head(NamedTuple):
     return of_prompt + of_own, place
 
   def _scores(self, q, k, v, seen, span):
-    """Tiles [E, tile] of keys and values, and of one row of q [R * tile, E]
+    """Tiles [tile, E] of keys and values, and of one row of q [R * tile, E]
     the masked scores [R * tile, tile] and their slope by q·k."""
     start, first, end = span
-    cut = lambda x: lax.dynamic_slice_in_dim(x, start, self.tile, x.ndim - 1)
+    cut = lambda x: lax.dynamic_slice_in_dim(x, start, self.tile)
     k, v = cut(k), cut(v)
     index = (start + jnp.arange(self.tile))[None]
     inside = lambda x: (index >= x.first[:, None]) & (index <= x.last[:, None])
     own, prompt = map(inside, seen)
     visible = (own | prompt) & (index >= first) & (index < end)
-    scores = _matmul(q, k) * self.scale
+    scores = _matmul(q, k.T) * self.scale
     slope = self.scale
     if self.softcap is not None:
       bent = jnp.tanh(scores / self.softcap)
