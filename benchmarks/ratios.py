@@ -84,6 +84,10 @@ GOALS = [
 UNITS = ("pairs_per_cpu_s", "rows_per_cpu_s", "new_tokens_per_cpu_s")
 
 
+def chosen(args: argparse.Namespace) -> list[Goal]:
+  return [goal for goal in GOALS if goal.name in args.goals.split(",")]
+
+
 def figure(run: dict[str, Any]) -> float:
   """What a run is compared by."""
   return next(run[unit] for unit in UNITS if unit in run)
@@ -139,7 +143,7 @@ def measure(
   for number in range(args.rounds):
     for preset in args.presets.split(","):
       sides = dict.fromkeys(
-          side for goal in GOALS if preset in goal.bars
+          side for goal in chosen(args) if preset in goal.bars
           for side in (goal.ours, goal.theirs))
       for side in sides:
         runs = found.setdefault(preset, {}).setdefault(side, [])
@@ -164,12 +168,14 @@ def check_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
       raise SystemExit(f"not the same function: {field} {a} against {b}")
 
 
-def compare(found: dict[str, dict[str, list]]) -> list[list]:
+def compare(
+    goals: list[Goal], found: dict[str, dict[str, list]]
+) -> list[list]:
   """Rows of the table: goal, what, ours, theirs, ratio, bar, met."""
   rows = []
   median = lambda runs: statistics.median(map(figure, runs))
   for preset, sides in found.items():
-    for goal in GOALS:
+    for goal in goals:
       ours, theirs = sides.get(goal.ours), sides.get(goal.theirs)
       if preset not in goal.bars or not ours:
         continue
@@ -218,7 +224,8 @@ def table(rows: list[list], found: dict, args: argparse.Namespace) -> str:
       versions(args.tunix, ["google-tunix", "jax"])]))
   return f"""# Ratios of CPU time
 
-Command: `python benchmarks/ratios.py --presets={args.presets}`, at commit \
+Command: `python benchmarks/ratios.py --presets={args.presets} \
+--goals={args.goals}`, at commit \
 {commit}.
 
 Pairs (DPO), prompts with 1 + 8 candidates (scoring, MC-PO) or new tokens \
@@ -236,6 +243,8 @@ Medians of at least so many runs a side: {rounds}. {sides}.
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--presets", default="tiny,small")
+  parser.add_argument("--goals", default="B1,B2,B3,B4,B5,B6",
+                      help="B7 comes with B1, B8 with B1 and B3")
   parser.add_argument("--rounds", type=int, default=3)
   parser.add_argument("--fixtures", type=pathlib.Path, required=True,
                       help="folder of make_fixture.py's folders, by preset")
@@ -247,7 +256,7 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, help="Markdown file")
   args = parser.parse_args()
   found = measure(args, args.results.resolve().parent)
-  rows = compare(found)
+  rows = compare(chosen(args), found)
   if args.out:
     args.out.write_text(table(rows, found, args))
   for row in rows:
