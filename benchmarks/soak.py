@@ -10,6 +10,9 @@ so must the metrics and every file of the result.
   python benchmarks/soak.py --kills=50 --seed=0 --out=soak.md
   python benchmarks/soak.py --every=200     goodput, a failure every 200 updates
 
+Phases take turns, and the table is written after every life, so a soak that is
+stopped leaves what it has seen.
+
 Exits with 1 if a verified step was lost, a hash differs or a point was never
 reached. An attempt is a fork of a process that has imported everything and
 touched no device, so it starts faster than the command line does.
@@ -18,25 +21,33 @@ touched no device, so it starts faster than the command line does.
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import pathlib
+import queue
 import random
 import re
+import shutil
 import signal
+import socket
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLACES = [str(ROOT / name) for name in (".", "tests", "benchmarks")]
 sys.path[:0] = PLACES
-# What JAX reads when it is imported; where the server of forks finds this.
+# What JAX and fsspec read when they are imported; the server of forks finds it.
 os.environ |= {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1",
                "TRANSFORMERS_VERBOSITY": "error",
+               "FSSPEC_FILE_AUTO_MKDIR": "true",  # stores have no folders
                "PYTHONPATH": os.pathsep.join(PLACES)}
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(
     pathlib.Path(tempfile.gettempdir()) / "mcpo_jax_test_programs"))
@@ -54,39 +65,51 @@ from mcpo_jax.training import update  # noqa: E402
 YEAR = 365 * 24 * 3600
 FAILURES = 3  # of a run whose goodput is told
 ANYWHERE = 12  # a point of every update is met up to this time
+KILLS = 10  # of one life at most
 
 
 class Phase(NamedTuple):
   """A command line, and where it can be killed."""
 
   verb: str
-  flags: tuple[str, ...]
+  flags: tuple[str, ...]  # {life}: the folder of all that one life makes
   points: dict[str, int]  # in the order they are met: up to which time
   devices: int = 1
+  starts: bool = False  # from {start}, the model of a short run before all
+  served: bool = False  # by a process of its own at {port}; it dies at gen.*
 
 
 STEPS = {
     "data.next": ANYWHERE, "step.before": ANYWHERE, "step.drawn": ANYWHERE,
     "step.accumulate": 4, "step.after": ANYWHERE,
-    "ckpt.begin": 3, "ckpt.shard": 3, "ckpt.manifest": 3, "ckpt.gc": 1}
+    "ckpt.begin": 3, "ckpt.shard": 3, "ckpt.manifest": 3, "ckpt.rename": 3,
+    "ckpt.gc": 1}
+SAMPLES = {"online.part": 4, "reward.reply": 2, "online.scored": 2,
+           "online.committed": 2}
+# Points that are met only where an attempt before was killed at another one.
+AFTER = {"export.moved": "export.written", "folder.moved": "export.move"}
 OFFLINE = ("--config.data.eval_fraction=0.0", "--config.num_steps=16")
 ROUNDS = (
     *OFFLINE[:1], "--config.online.enabled=True",
     "--config.online.prompts_per_round=10",
-    "--config.online.num_candidates=4",
+    "--config.online.prompts_per_part=4", "--config.online.num_candidates=4",
     "--config.reward.name=online_rewards:letters",
     "--config.generation.max_new_tokens=9", "--config.stages=sft,preference")
 PHASES = {
     "offline": Phase(
         "train", ("--config.stages=sft,preference,export",
                   "--config.num_steps=16"),
-        STEPS | {"step.first_chunk": ANYWHERE, "reference.shard": 1,
-                 "folder.write": 2, "folder.manifest": 2, "folder.rename": 2,
-                 "export.begin": 1, "export.manifest": 1, "export.rename": 1,
-                 "export.written": 1}),
-    "chains": Phase(
+        {"file.rename": 5, "folder.write": 4, "folder.manifest": 4,
+         "folder.rename": 4, "folder.move": 4} | STEPS
+        | {"step.first_chunk": ANYWHERE, "reference.shard": 1,
+           "export.write": 1, "export.manifest": 1, "export.rename": 1,
+           "export.move": 1, "export.begin": 1, "export.written": 1,
+           "export.moved": 1}),
+    "mirrored": Phase(
         "train", (*OFFLINE, "--config.stages=sft,preference",
-                  "--config.kernel.init=persistent"), STEPS),
+                  "--config.checkpoint.mirror=file://{life}/store",
+                  "--config.kernel.init=persistent"),
+        STEPS | {"store.manifest": 3}),
     "state": Phase(
         "train", (*OFFLINE, "--config.stages=sft,preference",
                   "--config.objective.name=bco",
@@ -95,22 +118,34 @@ PHASES = {
         "train", (*OFFLINE, "--config.stages=sft,preference",
                   "--config.kernel.refresh=epoch"), STEPS),
     "lora": Phase(
-        "train", (*OFFLINE, "--config.stages=sft,preference",
-                  "--config.lora.rank=3",
-                  "--config.reference.source=lora_base"), STEPS),
-    "online": Phase(
-        "train", ROUNDS, STEPS | {"online.scored": 2, "online.committed": 2}),
+        "train", (*OFFLINE, "--config.stages=preference",
+                  "--config.model.path={start}", "--config.lora.rank=3",
+                  "--config.reference.source=lora_base"),
+        STEPS | {"export.move": 1, "folder.moved": 1}, starts=True),
+    "online": Phase("train", ROUNDS, STEPS | SAMPLES),
     "overlapped": Phase(
         "train", (*ROUNDS, "--config.online.policy_lag=1",
                   "--config.generation.num_devices=1"),
-        STEPS | {"online.scored": 2, "online.committed": 2}, devices=2),
+        STEPS | SAMPLES, devices=2),
+    "served": Phase(
+        "train", (*ROUNDS, "--config.generation.url=http://127.0.0.1:{port}"),
+        SAMPLES | {"gen.update": 3, "gen.request": ANYWHERE,
+                   "gen.reply": ANYWHERE}, starts=True, served=True),
     "long": Phase("train", (
         *OFFLINE, "--config.stages=preference",
         "--config.checkpoint.every_steps=5"), {"step.after": 1}),
     "generate": Phase(
         "generate", ("--config.generate.prompts_per_shard=4",
-                     "--config.generation.max_new_tokens=9"),
-        {"generate.shard": 5}),
+                     "--config.generation.max_new_tokens=9",
+                     "--config.generate.data_path={data}/kwise.jsonl",
+                     "--config.model.path={start}"),
+        {"generate.shard": 5}, starts=True),
+    "benchmark": Phase(
+        "train", ("--config.stages=sft,preference,evaluate",
+                  "--config.num_steps=2", "--config.benchmark.name=gsm8k",
+                  "--config.benchmark.questions_path={data}/gsm8k.jsonl",
+                  "--config.benchmark.max_new_tokens=6"),
+        {"benchmark.part": 4}),
 }
 
 
@@ -191,30 +226,39 @@ class Phases:
     self.name, self.phase, self._context = name, PHASES[name], context
     self.folder = folder / name
     self._data = run_cases.write_data(self.folder / "data")
+    (self.folder / "data" / "gsm8k.jsonl").write_text("".join(
+        json.dumps({"question": f"{i}?", "answer": f"#### {i}"}) + "\n"
+        for i in range(70)))  # two parts
+    with socket.create_server(("127.0.0.1", 0)) as free:
+      self._port = free.getsockname()[1]
+    self._server = None  # the process
     self.problems: list[str] = []
-    self._unbroken: dict[str, str] = {}  # of its result
+    self.wanted: list[str | None] = []  # kills that are still to come
+    self.outcomes: list[Outcome] = []
+    self.idle = 0  # lives in a row in which no kill came to its place
+    self.unbroken: dict[str, str] = {}  # files of its result
     self._lives = 0
     self.known: dict[tuple[str, int], dict[str, Any]] = {}
     self.updates = 0  # of all attempts
 
   def run_unbroken(self) -> None:
     """The run that all others are compared with."""
-    if self.phase.verb == "generate":  # samples what a short run has trained
+    if self.phase.starts:
       self._whole("start", "train", "--config.stages=sft")
-      start = self.folder / "start" / "run" / "sft" / "model"
-      self._data = [self._data[0].replace("data.path", "generate.data_path"),
-                    f"--config.model.path={start}"]
     self.seconds = self._whole("unbroken", self.phase.verb, *self.phase.flags)
     for row in self._rows("unbroken", 0):
       self.known[row["stage"], row["step"]] = row
-    self._unbroken = result_of(self.folder / "unbroken" / "run")
+    self.unbroken = result_of(self.folder / "unbroken" / "run")
 
   def _whole(
       self, life: str, verb: str, *flags: str, jumps: bool = False) -> float:
     """A run that nothing kills; the seconds it took."""
     began = time.monotonic()
+    if life != "start":
+      self._serve(life)
     process = self._start(life, 0, None, verb, *flags, jumps=jumps)
     process.join()
+    self._stop_server()
     if process.exitcode:
       raise SystemExit(f"{self.name} does not run by itself:\n"
                        + self._said(life)[-3000:])
@@ -224,25 +268,77 @@ class Phases:
     """A run whose clock is set back in the middle of each stage."""
     self._whole("clock", self.phase.verb, *self.phase.flags, jumps=True)
     self._compare(self._rows("clock", 0), "with a clock that jumps")
-    self._compare_results(result_of(self.folder / "clock" / "run"), "clock")
+    self._compare_results(
+        result_of(self.folder / "clock" / "run"), "with a clock that jumps")
 
   def _start(self, life: str, number: int, kill: Kill | None, *words: str,
              jumps: bool = False):
-    folder = self.folder / life
-    folder.mkdir(exist_ok=number > 0)
     verb, *flags = words or (self.phase.verb, *self.phase.flags)
+    data = [] if verb == "generate" else self._data
+    return self._process(
+        life, f"{number}.jsonl", kill,
+        [verb, *run_cases.TINY, *data, *flags, "--workdir={life}/run"], jumps)
+
+  def _serve(self, life: str, kill: Kill | None = None) -> None:
+    """Has the server of a phase run, with what is to happen to it."""
+    if self.phase.served and (kill or self._server is None):
+      self._stop_server()
+      self._server = self._process(life, "server.jsonl", kill, [
+          "serve", "--config=configs/serve.py",
+          "--config.model.path={start}", "--config.serve.port={port}",
+          "--config.serve.num_slots=64", "--config.data.max_prompt_length=48",
+          "--config.data.max_completion_length=24"])
+
+  def _stop_server(self) -> None:
+    if self._server is not None:
+      self._server.kill()
+      self._server.join()
+      self._server = None
+
+  def _process(self, life: str, records: str, kill: Kill | None,
+               argv: list[str], jumps: bool = False):
+    folder = self.folder / life
+    folder.mkdir(exist_ok=True)
+    places = {"life": folder, "data": self.folder / "data", "port": self._port,
+              "start": self.folder / "start" / "run" / "sft" / "model"}
     environment = {
         "MCPO_CACHE": str(folder / "cache"), "MCPO_FAULT": "",
+        "MCPO_SERVE_TOKEN": "a token of the soak",
         "XLA_FLAGS": "--xla_backend_optimization_level=0 "
         f"--xla_force_host_platform_device_count={self.phase.devices}"}
     if kill and kill.point:
       environment["MCPO_FAULT"] = f"{kill.point}@{kill.count}"
     process = self._context.Process(target=attempt, args=(
-        [verb, *run_cases.TINY, *self._data, *flags,
-         f"--workdir={folder / 'run'}"], environment,
-        folder / "log", folder / f"{number}.jsonl", jumps))
+        [word.format(**places) for word in argv], environment, folder / "log",
+        folder / records, jumps))
     process.start()
     return process
+
+  def _attempt(self, life: str, number: int, kill: Kill | None):
+    """One attempt under a kill: its process, which has ended, and whether the
+    kill has happened."""
+    of_server = self.phase.served and kill is not None and (
+        kill.point or "").startswith("gen.")
+    self._serve(life, kill if of_server else None)
+    process = self._start(life, number, None if of_server else kill)
+    if of_server:
+      ended = multiprocessing.connection.wait(
+          [process.sentinel, self._server.sentinel])
+      if self._server.sentinel not in ended:
+        process.join()
+        return process, False
+      self._server.join()
+      if self._server.exitcode != -signal.SIGKILL:
+        self.problems.append(f"{self.name}: the server ended with "
+                             f"{self._server.exitcode}")
+      self._server = None
+      self._serve(life)
+    process.join(kill.seconds if kill and (of_server or not kill.point)
+                 else None)
+    if process.exitcode is None:
+      process.kill()
+      process.join()
+    return process, of_server or process.exitcode == -signal.SIGKILL
 
   def _said(self, life: str) -> str:
     return (self.folder / life / "log").read_text(errors="replace")
@@ -263,11 +359,7 @@ class Phases:
     verified: dict[str, int] = {}
     for number, kill in enumerate([*kills, None]):
       began = time.monotonic()
-      process = self._start(life, number, kill)
-      process.join(kill.seconds if kill and kill.point is None else None)
-      if process.exitcode is None:
-        process.kill()
-        process.join()
+      process, happened = self._attempt(life, number, kill)
       rows = self._rows(life, number)
       self._compare(rows, f"{life}, attempt {number}")
       if pending is not None:
@@ -278,8 +370,12 @@ class Phases:
             redone=len(steps & done), lost=self._lost(verified, rows)))
         pending = None
       done = {(row["stage"], row["step"]) for row in rows}
+      if happened:
+        pending = Outcome(self.name, kill.point or "random", None, False, 0, 0)
       if process.exitcode == 0:
-        missed = [] if kill is None else kills[number:]
+        if pending:  # a server's death that the run has outlived
+          outcomes.append(pending)
+        missed = kills[number + happened:]
         break
       if process.exitcode != -signal.SIGKILL:
         self.problems.append(
@@ -291,10 +387,11 @@ class Phases:
         if now.get(stage, -1) < step:
           self.problems.append(f"{self.name}: step {step} of {stage} is gone")
       verified = now
-      pending = Outcome(self.name, kill.point or "random", None, False, 0, 0)
+    self._stop_server()
     self._compare_results(result_of(workdir), life)
     self.problems += [f"{self.name}, {life}: {path} is left over"
                       for path in left_over(self.folder / life)]
+    shutil.rmtree(self.folder / life / "cache", ignore_errors=True)
     return outcomes, missed
 
   def _compare(self, rows, where: str) -> None:
@@ -311,10 +408,10 @@ class Phases:
             f"{row['step']} differ")
 
   def _compare_results(self, result: dict[str, str], life: str) -> None:
-    if not self._unbroken:
+    if not self.unbroken:
       return
-    for name in sorted(result.keys() | self._unbroken.keys()):
-      if result.get(name) != self._unbroken.get(name):
+    for name in sorted(result.keys() | self.unbroken.keys()):
+      if result.get(name) != self.unbroken.get(name):
         self.problems.append(f"{self.name}, {life}: {name} differs")
 
   def _lost(self, verified: dict[str, int], rows) -> int:
@@ -350,10 +447,12 @@ def left_over(folder: pathlib.Path) -> list[str]:
   return [str(path.relative_to(folder)) for path in found]
 
 
-# Told of one launch, or with times and speeds in it. What a manifest says of
-# other files is seen of these.
+# Told of one launch, or with times and speeds in it, or with the rounding of a
+# server's log-probs, which depends on the company in its slots. What a manifest
+# says of other files is seen of these.
 _OWN = (".lock", "launches.jsonl", "report.html", commit.MANIFEST)
-_SPEEDS = re.compile("time|perf/.*|generate/(seconds|tokens_per_sec)")
+_SPEEDS = re.compile(
+    "time|perf/.*|generate/(seconds|tokens_per_sec|logp_gap.*)")
 
 
 def result_of(workdir: pathlib.Path) -> dict[str, str]:
@@ -372,7 +471,8 @@ def result_of(workdir: pathlib.Path) -> dict[str, str]:
               for line in path.read_text().splitlines()]
       text = json.dumps(rows).encode()
     else:
-      text = path.read_bytes().replace(str(workdir).encode(), b"")
+      text = path.read_bytes()
+    text = text.replace(str(workdir.parent).encode(), b"")
     out[name] = hashlib.sha256(text).hexdigest()
   return out
 
@@ -382,53 +482,51 @@ def result_of(workdir: pathlib.Path) -> dict[str, str]:
 
 def plan(phase: Phase, kills: int, rng: random.Random) -> list[str | None]:
   """Two of three at named points, each of them before any comes again, and
-  the others, None, at random times; in the order they are met."""
+  the others, None, at random times."""
   named, points = [], list(phase.points)
   while len(named) < kills - kills // 3:
     named += rng.sample(points, len(points))
-  named = named[:kills - kills // 3]
-  named.sort(key=points.index)
-  for _ in range(kills // 3):
+  return [None if i % 3 == 2 else named[i - i // 3] for i in range(kills)]
+
+
+def soak(phase: Phases, rng: random.Random) -> None:
+  """One life of a phase, under the next of its kills."""
+  some, phase.wanted = phase.wanted[:KILLS], phase.wanted[KILLS:]
+  points = phase.phase.points
+  named = sorted(filter(None, some), key=list(points).index)
+  for _ in range(len(some) - len(named)):
     named.insert(rng.randrange(len(named) + 1), None)
-  return named
+  kills = []
+  for name in named:
+    before = AFTER.get(name)
+    if before and not (kills and kills[-1].point == before):
+      kills.append(Kill(before))
+    most = 1 if phase.idle > 1 else points.get(name)
+    kills.append(Kill(
+        name, rng.randint(1, most) if name else 1,
+        rng.uniform(0.1, 0.8 * phase.seconds)))
+  found, missed = phase.live(kills)
+  phase.outcomes += found
+  phase.idle = 0 if found else phase.idle + 1
+  phase.wanted = [kill.point for kill in missed] + phase.wanted
+  print(f"{phase.name}: {len(phase.outcomes)}, {len(phase.wanted)} to come",
+        *found, *phase.problems, sep="\n  ", flush=True)
+  if phase.wanted and phase.idle == 5:
+    phase.problems.append(f"{phase.name}: never reached: {phase.wanted}")
+    phase.wanted = []
 
 
-def soak(phase: Phases, num_kills: int, rng: random.Random) -> list[Outcome]:
-  """Lives of one phase until all its kills have happened."""
-  if phase.name == "offline":
-    phase.jump()
-  wanted, outcomes = plan(phase.phase, num_kills, rng), []
-  idle = 0  # lives in a row in which no kill came to its place
-  while wanted and idle < 5:
-    some, wanted = wanted[:20], wanted[20:]
-    kills = []
-    for name in some:
-      most = 1 if idle > 1 else phase.phase.points.get(name)
-      kills.append(
-          Kill(name, rng.randint(1, most)) if name
-          else Kill(None, seconds=rng.uniform(0.1, 0.8 * phase.seconds)))
-    found, missed = phase.live(kills)
-    outcomes += found
-    idle = 0 if found else idle + 1
-    wanted = [kill.point for kill in missed] + wanted
-    print(f"{phase.name}: {len(outcomes)} of {num_kills}", *found,
-          *phase.problems, sep="\n  ", flush=True)
-  if wanted:
-    phase.problems.append(f"{phase.name}: never reached: {wanted}")
-  return outcomes
-
-
-def table(phases: list[Phases], outcomes: list[Outcome]) -> str:
-  """Markdown: a line per phase and per point."""
+def table(phases: list[Phases]) -> str:
+  """Markdown: a line per phase, and the points."""
   lines = [
       "| phase | kills | at named points | at random times | went on from a "
       "checkpoint | verified steps lost | updates compared | restart to first "
       "update, median | updates done again, mean (max) | wrong |",
       "|---" * 10 + "|"]
+  outcomes = [one for phase in phases for one in phase.outcomes]
   problems = [problem for phase in phases for problem in phase.problems]
   for name, some, own in [
-      *((p.name, [o for o in outcomes if o.phase == p.name], [p])
-        for p in phases), ("all", outcomes, phases)]:
+      *((p.name, p.outcomes, [p]) for p in phases), ("all", outcomes, phases)]:
     at_random = sum(o.point == "random" for o in some)
     seconds = [o.restart_seconds for o in some if o.restart_seconds]
     redone = [o.redone for o in some]
@@ -437,12 +535,20 @@ def table(phases: list[Phases], outcomes: list[Outcome]) -> str:
         f"{sum(o.resumed for o in some)} | {sum(o.lost for o in some)} | "
         f"{sum(p.updates for p in own)} | "
         + (f"{np.median(seconds):.1f} s" if seconds else "–")
-        + f" | {np.mean(redone):.1f} ({max(redone)}) | "
-        f"{sum(len(p.problems) for p in own)} |")
+        + (f" | {np.mean(redone):.1f} ({max(redone)})" if some else " | –")
+        + f" | {sum(len(p.problems) for p in own)} |")
   counts = collections.Counter(o.point for o in outcomes)
+  never = sorted(points_of(p.name for p in phases) - counts.keys())
   lines += ["", "Kills by point: " + ", ".join(
-      f"`{name}` {count}" for name, count in sorted(counts.items())) + "."]
+      f"`{name}` {count}" for name, count in sorted(counts.items())) + ".",
+            "", f"Points of these phases without a kill: {len(never)}"
+            + "".join(f", `{name}`" for name in never) + "."]
   return "\n".join([*lines, *(f"\n- {problem}" for problem in problems)]) + "\n"
+
+
+def points_of(phases: Iterable[str]) -> set[str]:
+  """The points at which phases can be killed."""
+  return {point for name in phases for point in PHASES[name].points}
 
 
 def goodput(phase: Phases, every: int) -> str:
@@ -495,22 +601,38 @@ def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
     return not phase.problems
   names = options.phases.split(",")
   phases = [Phases(name, folder, context) for name in names]
-  shares = [options.kills // len(names) + (i < options.kills % len(names))
-            for i in range(len(names))]
+  turns, writing = queue.SimpleQueue(), threading.Lock()
+  streams = {name: random.Random(f"{options.seed} {name}") for name in names}
+  for i, phase in enumerate(phases):
+    share = options.kills // len(names) + (i < options.kills % len(names))
+    phase.wanted = plan(phase.phase, share, streams[phase.name])
+    turns.put(phase)
+
+  def write() -> str:
+    with writing:
+      text = table(phases)
+      if options.out:
+        pathlib.Path(options.out).write_text(text)
+      return text
+
+  def lane() -> None:
+    with contextlib.suppress(queue.Empty):
+      while phase := turns.get_nowait():
+        if not phase.unbroken:
+          phase.run_unbroken()
+          if phase.name == "offline":
+            phase.jump()
+        soak(phase, streams[phase.name])
+        write()
+        if phase.wanted:
+          turns.put(phase)
+
   with concurrent.futures.ThreadPoolExecutor(options.lanes) as pool:
-    for unbroken in [pool.submit(phase.run_unbroken) for phase in phases]:
-      unbroken.result()
-    lives = [
-        pool.submit(soak, phase, share,
-                    random.Random(f"{options.seed} {phase.name}"))
-        for phase, share in zip(phases, shares)]
-    outcomes = [one for life in lives for one in life.result()]
-  text = table(phases, outcomes)
-  print(text)
-  if options.out:
-    pathlib.Path(options.out).write_text(text)
+    for one in [pool.submit(lane) for _ in range(options.lanes)]:
+      one.result()
+  print(write())
   return not any(phase.problems for phase in phases) and not any(
-      one.lost for one in outcomes)
+      one.lost for phase in phases for one in phase.outcomes)
 
 
 if __name__ == "__main__":

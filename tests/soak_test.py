@@ -1,10 +1,15 @@
 """Fifteen kills, at named points and random times: nothing is lost."""
 
+import ast
+import collections
 import re
 import subprocess
 import sys
 
 import run_cases
+
+sys.path.append(str(run_cases.ROOT / "benchmarks"))
+import soak  # noqa: E402
 
 
 def test_killed_runs_are_those_that_were_left_alone(tmp_path):
@@ -16,3 +21,54 @@ def test_killed_runs_are_those_that_were_left_alone(tmp_path):
   assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
   text = (tmp_path / "table.md").read_text()
   assert re.search(r"\| all \| 15 \| 12 \| 3 \| [1-9]\d* \| 0 \|", text), text
+
+
+def test_every_point_of_the_package_is_one_where_a_phase_can_be_killed():
+  assert soak.points_of(soak.PHASES) == points_of_the_package()
+
+
+def points_of_the_package():
+  """Of all `faults.point`, and of functions whose argument `point` is the
+  first half of the names."""
+  functions, calls = {}, collections.defaultdict(list)
+  for path in (run_cases.ROOT / "mcpo_jax").rglob("*.py"):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef):
+        names = [a.arg for a in node.args.kwonlyargs]
+        if "point" in names:
+          functions[node.name] = node, node.args.kw_defaults[
+              names.index("point")].value
+      if isinstance(node, ast.Call):
+        calls[getattr(node.func, "attr", getattr(node.func, "id", None))
+              ].append(node)
+
+  def value(call):
+    return next((k.value for k in call.keywords if k.arg == "point"), None)
+
+  def halves(name):  # the second ones
+    node, _ = functions[name]
+    found = {x.args[0].values[1].value for x in ast.walk(node)
+             if is_point(x) and isinstance(x.args[0], ast.JoinedStr)}
+    for x in ast.walk(node):
+      if isinstance(x, ast.Call) and isinstance(value(x), ast.Name):
+        found |= halves(x.func.id)
+    return found
+
+  points = set()
+  for call in calls["point"] + calls["to_thread"]:
+    if "faults.point" in map(ast.unparse, (call.func, call.args[0])):
+      points |= {x.value for arg in call.args for x in ast.walk(arg)
+                 if isinstance(x, ast.Constant)
+                 and not isinstance(arg, ast.JoinedStr)}
+  for name, (_, default) in functions.items():
+    for call in calls[name]:
+      first = value(call)
+      if not isinstance(first, ast.Name):
+        points |= {(first.value if first else default) + half
+                   for half in halves(name)}
+  return points
+
+
+def is_point(node):
+  return isinstance(node, ast.Call) and ast.unparse(node.func) == "faults.point"
