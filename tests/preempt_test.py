@@ -8,9 +8,10 @@ import time
 import numpy as np
 import pytest
 import run_cases
+import serve_cases
 import training_cases as cases
 
-from mcpo_jax import errors, preempt
+from mcpo_jax import commit, errors, preempt
 from mcpo_jax.training import loop, metrics
 
 SFT = ["--config.stages=sft", "--config.checkpoint.every_steps=100"]
@@ -66,13 +67,33 @@ def test_a_stopped_run_is_saved_and_goes_on_to_the_same_weights(unbroken):
   assert line == ("error[run.preempted]: told to stop by SIGTERM, sft is saved "
                   "at step 3 — the same line goes on")
   assert "Traceback" not in said
+  stopped_in_a_save(folder, [*flags, "--config.checkpoint.every_steps=1"])
   again = start(folder, "stopped", flags)
   code, said, _ = end_of(again, within=300)
   assert code == 0, said[-3000:]
-  assert "sft resumes at step 3" in said
+  assert "sft resumes at step 4" in said
   assert (run_cases.summary(folder / "stopped")["params/sha256"]
           == run_cases.summary(folder / "run")["params/sha256"])
   assert losses(folder / "stopped") == losses(folder / "run")
+
+
+def stopped_in_a_save(folder, flags):
+  """Told while step 4 is being saved; then, of step 5, told twice."""
+  steps = folder / "stopped/sft/checkpoints"
+  run = start(folder, "stopped", flags, MCPO_FAULT="ckpt.begin@1:term")
+  code, said, _ = end_of(run, within=300)
+  assert code == 75, said[-3000:]
+  assert "sft is saved at step 4 — the same line goes on" in said
+  assert commit.verify(steps / "4", exact=True)["step"] == 4
+  run = start(folder, "stopped", flags, MCPO_FAULT="ckpt.manifest:sleep=600")
+  serve_cases.wait_for((steps / "5").exists, 300)  # and is not committed
+  run.send_signal(signal.SIGTERM)
+  read_until(run, "a second signal quits")
+  run.send_signal(signal.SIGTERM)
+  code, said, seconds = end_of(run)
+  assert code == 143 and seconds < 20, said[-3000:]
+  assert commit.verify(steps / "4", exact=True)["step"] == 4
+  assert not (steps / "5" / commit.MANIFEST).exists()
 
 
 def test_a_compilation_that_has_nothing_to_save_is_left_at_once(unbroken):
