@@ -278,6 +278,18 @@ def test_logps_are_float32_under_bfloat16():
   np.testing.assert_allclose(probs.sum(axis=1), 1.0, atol=1e-5)
 
 
+def test_logps_under_bfloat16_are_near_float64():
+  """Goal: 2e-3 nats a token on average, at weights as a model starts with."""
+  streams = models_streams.pack(SETS, LENGTH)
+  with jax.enable_x64():
+    params = models_streams.random_params(LLAMA, np.float64, scale=0.02)
+    exact = np.asarray(scorer(LLAMA, jnp.float64)(params, streams=streams))
+  narrow = scorer(LLAMA, jnp.bfloat16)(
+      jax.tree.map(np.float32, params), streams=streams)
+  error = np.abs(narrow - exact)[streams.completion_mask].mean()
+  assert exact.dtype == np.float64 and 1e-5 < error < 2e-3
+
+
 def test_attention_sees_what_the_rule_says():
   """A NumPy loop over all pairs of tokens against both ways to compute."""
   rng = np.random.default_rng(3)
