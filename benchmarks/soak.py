@@ -152,23 +152,25 @@ PHASES = {
 # --- one attempt, in a process of its own -------------------------------------
 
 
-def attempt(argv, environment, log, records, jumps) -> None:
-  """The command line, with every update written down in `records`; if it
-  `jumps`, the clock goes back by a year after the third."""
+def attempt(argv, environment, log, records, jumps, pause) -> None:
+  """The command line, with every update written down in `records`, and so many
+  seconds longer; if it `jumps`, the clock goes back by a year after the third.
+  """
   os.environ.update(environment)
   for stream in (1, 2):
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
   sys.argv = ["mcpo_jax", *argv]
-  watch(records, jumps)
+  watch(records, jumps, pause)
   main.main()
 
 
-def watch(path: pathlib.Path, jumps: bool) -> None:
+def watch(path: pathlib.Path, jumps: bool, pause: float) -> None:
   """Has `run_step` append a line of hashes for each update."""
   run_step, file, clock = update.run_step, open(path, "a"), time.time
 
   def watched(stage, model, functions, state, batch, reference):
     state, metrics = run_step(stage, model, functions, state, batch, reference)
+    time.sleep(pause)
     rest = state._replace(params=(), step=())
     file.write(json.dumps({
         "stage": stage.name, "step": int(state.step),
@@ -232,6 +234,7 @@ class Phases:
     with socket.create_server(("127.0.0.1", 0)) as free:
       self._port = free.getsockname()[1]
     self._server = None  # the process
+    self.pause = 0.0  # after each update
     self.problems: list[str] = []
     self.wanted: list[str | None] = []  # kills that are still to come
     self.outcomes: list[Outcome] = []
@@ -310,7 +313,7 @@ class Phases:
       environment["MCPO_FAULT"] = f"{kill.point}@{kill.count}"
     process = self._context.Process(target=attempt, args=(
         [word.format(**places) for word in argv], environment, folder / "log",
-        folder / records, jumps))
+        folder / records, jumps, self.pause))
     process.start()
     return process
 
@@ -562,7 +565,8 @@ def goodput(phase: Phases, every: int) -> str:
   share = lambda seconds: every * seconds / (
       (every + redone) * seconds + restart)
   return "\n".join([
-      f"A failure every {every} updates, a save every 5: {useful} updates, "
+      f"A failure every {every} updates, a save every 5, {phase.pause} s added "
+      f"to an update: {useful} updates, "
       f"{done} done, goodput {useful / done:.1%} of the updates. A failure "
       f"costs {redone:.1f} updates (at most "
       f"{max(o.redone for o in outcomes)}) and "
@@ -581,6 +585,8 @@ def parse() -> argparse.Namespace:
   parser.add_argument("--phases", default=",".join(
       name for name in PHASES if name != "long"))
   parser.add_argument("--every", type=int, help="updates between failures")
+  parser.add_argument("--pause", type=float, default=0.0,
+                      help="seconds that --every adds to an update")
   parser.add_argument("--lanes", type=int, default=2, help="runs at a time")
   parser.add_argument("--folder", help="of the runs, kept")
   parser.add_argument("--out", help="file for the table")
@@ -596,6 +602,7 @@ def soak_all(options: argparse.Namespace, folder: pathlib.Path) -> bool:
     PHASES["long"] = PHASES["long"]._replace(
         flags=(*PHASES["long"].flags, steps))
     phase = Phases("long", folder, context)
+    phase.pause = options.pause
     text = goodput(phase, options.every)
     print(text)
     return not phase.problems
