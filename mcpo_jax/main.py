@@ -37,6 +37,7 @@ VERBS = {
     "score": "fill the reference cache ahead of training",
     "compare": "a table of settings beside each other, over seeds",
     "report": "a page of the run in --workdir, or of several: --workdir=A,B",
+    "replay": "what failed in --workdir once more, on a copy of it",
     "plan": "memory, FLOPs and cost on --topology, before any training",
 }
 SHARED_VERBS = ("train", "evaluate", "generate", "export", "score")
@@ -198,6 +199,13 @@ def run(argv: list[str]) -> None:
   if command.verb == "report":
     _report(command)
     return
+  if command.verb == "replay":
+    _check_no_config(command)
+    from mcpo_jax import replay
+
+    if not replay.replay(pathlib.Path(workdir)):
+      sys.exit(1)
+    return
   if command.verb == "compare":
     from mcpo_jax.compare import verb
 
@@ -283,17 +291,22 @@ def _price(flags: dict[str, str]) -> float | None:
         got=text) from None
 
 
+def _check_no_config(command: CommandLine) -> None:
+  """Of verbs for which all lies in the workdir."""
+  unused = [*(f"--config.{key}" for key, _ in command.overrides),
+            *(f"--{flag}" for flag in ("config", "topology")
+              if flag in command.flags)]
+  if unused:
+    raise errors.ConfigError("cli.flag", f"the verb {command.verb} takes what "
+                             "lies in the workdir", where=unused[0])
+
+
 def _report(command: CommandLine) -> None:
   """The verb report, which reads workdirs and no config."""
   text = command.flags["workdir"]
   workdirs = [pathlib.Path(path) for path in dict.fromkeys(
       [text] if pathlib.Path(text).is_dir() else text.split(","))]
-  unused = [*(f"--config.{key}" for key, _ in command.overrides),
-            *(f"--{flag}" for flag in ("config", "topology")
-              if flag in command.flags)]
-  if unused:
-    raise errors.ConfigError("cli.flag", "the report is made from what lies "
-                             "in the workdir", where=unused[0])
+  _check_no_config(command)
   if len(workdirs) > 1 and "out" not in command.flags:
     raise errors.ConfigError("cli.flag", "a page of several runs needs a place",
                              where="--out", hint="--out=report.html")

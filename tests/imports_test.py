@@ -19,7 +19,7 @@ FLOORS = [
     {"generation", "rewards", "checkpoints"},
     {"training", "evaluation"},
     {"stages"},
-    {"verbs", "compare", "planning"},
+    {"verbs", "compare", "planning", "replay"},
     {"main", "api", "supervise"},
     {"__main__"},
 ]

@@ -4,6 +4,8 @@ import functools
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -133,8 +135,26 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
   again = run_cases.run("train", tmp_path / "run", tmp_path / "cache", *flags)
   assert again.returncode == 3
   assert "error[data.changed_since_checkpoint]" in again.stderr
-  assert "error[data.changed_since_checkpoint]" in (
-      tmp_path / "run/launches.jsonl").read_text()
+  told = (tmp_path / "run/launches.jsonl").read_text()
+  assert "error[data.changed_since_checkpoint]" in told
+  # Once more on a copy: it goes on from the same checkpoint to the same error.
+  same = replay(tmp_path)
+  assert same.returncode == 0, same.stderr[-3000:]
+  assert same.stdout.count("error[data.changed_since_checkpoint]") == 2
+  assert f"the same error: {tmp_path / 'run.replay'}" in same.stdout
+  other = replay(tmp_path, MCPO_FAULT="file.rename:raise")
+  assert other.returncode == 1 and "\nnot the same: " in other.stdout
+  assert (tmp_path / "run/launches.jsonl").read_text() == told
+  shutil.rmtree(tmp_path / "run")
+  none = replay(tmp_path)
+  assert none.returncode == 2 and "error[replay.none]" in none.stderr
+
+
+def replay(folder, **extra):
+  return subprocess.run(
+      [sys.executable, "-m", "mcpo_jax", "replay", f"--workdir={folder}/run"],
+      env=run_cases.environment(folder / "cache", **extra), cwd=run_cases.ROOT,
+      capture_output=True, text=True, timeout=600)
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(unbroken, tmp_path):
