@@ -16,11 +16,13 @@ Without MCPO_COORDINATOR a process is alone, and nothing here costs anything.
 """
 
 import contextlib
+import ctypes
 import faulthandler
 import itertools
 import json
 import math
 import os
+import signal
 import sys
 import threading
 import time
@@ -417,5 +419,14 @@ def _leave(code: int) -> NoReturn:
         _place.client.blocking_key_value_get(
             f"mcpo_jax/{_HEARD}/{i}", int(1000 * left))
     else:
+      _hold_aborts()
       say(f"{_HEARD}/{index()}", "")
   os._exit(code)
+
+
+def _hold_aborts() -> None:
+  """From now on a thread that aborts waits instead: JAX's does as soon as the
+  first process has gone, and this one would end by SIGABRT, not its code."""
+  libc = ctypes.CDLL(None)
+  signal.alarm(_LEAVE_SECONDS)  # if that thread has what this one needs
+  libc.signal(int(signal.SIGABRT), ctypes.cast(libc.pause, ctypes.c_void_p))

@@ -81,8 +81,8 @@ def finish(workdir, started, want=0):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """One run in 1 process; and another whose last of 4 processes is told to
-  stop in sft, which goes on in 1 that is told in the preference stage, and
-  then in 2 of 2 devices each."""
+  stop in sft, which goes on in 2 and in 1 that are told later, the last in the
+  preference stage, and then in 2 of 2 devices each."""
   folder = tmp_path_factory.mktemp("hosts")
   flags = run_cases.write_data(folder / "data") + FLAGS
   one = start(folder / "one", flags, processes=1, devices=1)
@@ -91,7 +91,10 @@ def runs(tmp_path_factory):
   finish(folder / "one", one)
   finish(many, four, want=75)
   said_by.append([said(many, i) for i in range(4)])
-  left = 12 - step_of(said_by[0][0])  # of sft, then the second of preference
+  two = start(many, flags, processes=2, devices=1, fault="step.after@1:term")
+  finish(many, two, want=75)
+  said_by.append([said(many, i) for i in range(2)])
+  left = 12 - step_of(said_by[1][0])  # of sft, then the second of preference
   alone = start(many, flags, processes=1, devices=1,
                 fault=f"step.after@{left + 2}:term")
   finish(many, alone, want=75)
@@ -126,6 +129,7 @@ def test_processes_train_as_one_does_however_many_go_on(runs):
   assert len(want) == 12 + 3 and got.keys() == want.keys()
   for key, value in want.items():
     assert abs(got[key] - value) < 1e-5, key
+  assert got["sft", 1] == pytest.approx(want["sft", 1], rel=1e-6)
   assert draws(folder / "many") == draws(folder / "one")
   one, other = (run_cases.summary(folder / x) for x in ("one", "many"))
   assert other.keys() == one.keys()
@@ -146,9 +150,10 @@ def test_the_first_process_alone_speaks_and_writes(runs):
 
 
 def test_when_one_is_told_to_stop_all_save_the_same_step(runs):
-  _, (four, (alone,)) = runs
-  (step,) = {step_of(text) for text in four}
-  assert f"sft resumes at step {step}" in alone
+  _, (four, two, (alone,)) = runs
+  for before, after in ((four, two[0]), (two, alone)):
+    (step,) = {step_of(text) for text in before}
+    assert f"sft resumes at step {step}" in after
   assert "preference is saved at step 2" in alone
 
 
@@ -205,6 +210,24 @@ def children_of(pid):
 def place_of(pid):
   names = pathlib.Path(f"/proc/{pid}/environ").read_text().split("\0")
   return int(dict(x.split("=", 1) for x in names if x)["MCPO_PROCESS_ID"])
+
+
+# JAX aborts in a thread when the first process has gone before this one.
+ABORTS = """
+import ctypes, threading, time
+from mcpo_jax import hosts
+def say(*args):
+  threading.Thread(target=ctypes.CDLL(None).abort).start()
+  time.sleep(1)
+hosts._place, hosts.say = hosts.Place(1, 2), say
+hosts._leave(75)
+"""
+
+
+def test_who_leaves_after_the_first_one_has_the_code_of_the_run():
+  done = subprocess.run([sys.executable, "-c", ABORTS], cwd=run_cases.ROOT,
+                        timeout=60)
+  assert done.returncode == 75
 
 
 def test_an_error_of_one_ends_all_with_its_message(tmp_path):
