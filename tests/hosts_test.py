@@ -260,6 +260,19 @@ def test_values_that_differ_are_named(second):
   hosts.check_same("hosts.data", "the data", {"same": (1, 2)}, hint="")
 
 
+@pytest.mark.parametrize("other, want", [
+    ({"b": 1, "a": [2, 3.5]}, {"a": [2, 3.5], "b": 1}),
+    ({"a": [2, 3.5], "b": 2}, None),
+    (None, None),
+])
+def test_what_disks_do_not_agree_on_is_not_there(monkeypatch, other, want):
+  monkeypatch.setattr(hosts, "_apart", True)
+  monkeypatch.setattr(hosts, "gather", lambda what, own: [
+      json.dumps(other, sort_keys=True), own])
+  assert hosts.on_all_disks(
+      "a result", lambda: {"a": (2, 3.5), "b": 1}) == want
+
+
 def test_the_code_of_all_is_the_same(second, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   loss = tmp_path / "mine.py"

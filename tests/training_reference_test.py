@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import training_cases as cases
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, hosts
 from mcpo_jax.training import reference
 
 
@@ -77,6 +77,25 @@ def test_a_flipped_bit_is_found_on_opening(tmp_path, scored):
   with pytest.raises(errors.CheckpointError) as caught:
     reference.ReferenceCache(tmp_path, 7)
   assert caught.value.slug == "ckpt.hash"
+
+
+def test_with_disks_apart_what_another_has_otherwise_is_scored_again(
+    tmp_path, scored, small_shards, monkeypatch):
+  sets, model, token_logps = scored
+  fill(tmp_path, scored)
+  monkeypatch.setattr(hosts, "apart", lambda: True)
+  others = {"00000003": "of another run", "00000006": None}
+  monkeypatch.setattr(hosts, "gather", lambda what, own: [own, own | others])
+  cache = reference.ReferenceCache(tmp_path, len(sets))
+  assert cache.missing == [3, 6]
+  cache.fill(sets.__getitem__, lambda c: 2 * token_logps(c), model.pack)
+  monkeypatch.setattr(hosts, "gather", lambda what, own: [own, own])
+  again = reference.ReferenceCache(tmp_path, len(sets))
+  assert again.missing == []
+  whole = fill(tmp_path / "whole", scored)
+  for row in range(len(sets)):
+    np.testing.assert_allclose(
+        again.logps(row), (1 + (row >= 3)) * whole.logps(row), rtol=1e-6)
 
 
 def test_log_probs_that_are_not_finite_are_never_written(tmp_path, scored):
