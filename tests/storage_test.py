@@ -282,6 +282,22 @@ def test_a_fresh_workdir_takes_the_run_on_and_another_run_is_refused(bucket):
   assert caught.value.slug == "ckpt.run_id"
 
 
+def test_a_fresh_workdir_takes_the_commit_of_a_branch_that_has_moved(
+    tmp_path, bucket, monkeypatch):
+  monkeypatch.setattr(
+      setup.hf, "resolve_model", lambda path, revision: tmp_path / (
+          revision or "newest"))
+  config = {"checkpoint": {"mirror": "bucket://runs/one"}}
+  resolve = lambda folder: setup.resolve_once(
+      config, tmp_path, "some/model", None).name
+  assert resolve(tmp_path) == "newest"
+  monkeypatch.setattr(
+      setup.hf, "resolve_model", lambda path, revision: tmp_path / (
+          revision or "newer"))
+  (tmp_path / "revisions.json").unlink()
+  assert resolve(tmp_path) == "newest"
+
+
 def test_a_store_that_cannot_be_asked_is_named(tmp_path):
   with pytest.raises(errors.ResourceError) as caught:
     storage.steps("nowhere://runs/one")

@@ -74,7 +74,7 @@ def _reference(run, model, start) -> Contender:
   path, other = run.config["reference"]["path"], model
   if path is not None:  # else the base beside adapters of the start
     other, _ = architecture.open_model(
-        run, setup.resolve_once(run.workdir, path, None))
+        run, setup.resolve_once(run.config, run.workdir, path, None))
   return Contender(
       "reference", "reference", path or "lora_base", None, run, other,
       lambda: references.reference_params(run, model, start)[0])
@@ -115,7 +115,7 @@ def _other(run, name, where) -> Contender:
       raise errors.CheckpointError(
           "ckpt.none", "no stage of this run has finished", where=where,
           hint="run `train` first")
-    folder = setup.resolve_once(run.workdir, where, None)
+    folder = setup.resolve_once(run.config, run.workdir, where, None)
   options = run.config["tokenizer"]
   read = functools.partial(
       tokenizer_lib.load_tokenizer, str(folder), date=options["date"],

@@ -36,7 +36,7 @@ def reference_params(run: setup.Run, model: stage_lib.Model, start):
   if path is None:
     return start(), model
   other, load = architecture.open_model(
-      run, setup.resolve_once(run.workdir, path, None))
+      run, setup.resolve_once(run.config, run.workdir, path, None))
   return load(), other
 
 

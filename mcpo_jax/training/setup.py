@@ -115,7 +115,7 @@ def open_run(
   model_dir = None
   if config["model"]["path"]:
     model_dir = resolve_once(
-        workdir, config["model"]["path"], config["model"]["revision"])
+        config, workdir, config["model"]["path"], config["model"]["revision"])
   run_id = hosts.on_disk("the config", lambda: store_config(config, workdir))
   launches.record(workdir)
   return Run(config, workdir, cache, mesh, model_dir,
@@ -167,22 +167,28 @@ def open_meshes(
 
 
 def resolve_once(
-    workdir: pathlib.Path, path: str, revision: str | None
+    config: dict[str, Any], workdir: pathlib.Path, path: str,
+    revision: str | None,
 ) -> pathlib.Path:
   """The folder of a model; of a hub name always the commit of the first time.
 
-  The commit stands in <workdir>/revisions.json, so that a restart takes the
-  same weights though the branch has moved.
+  The commit stands in <workdir>/revisions.json, and with a mirror in the store,
+  so that a restart takes the same weights though the branch has moved.
   """
-  stored = workdir / "revisions.json"
+  stored, mirror = workdir / "revisions.json", config["checkpoint"]["mirror"]
   name = f"{path}@{revision or 'main'}"
 
   def resolve() -> tuple[str, bool]:
-    commits = json.loads(stored.read_text()) if stored.exists() else {}
+    text = stored.read_text() if stored.exists() else mirror and (
+        storage.get_file(f"{mirror}/revisions.json"))
+    commits = json.loads(text or "{}")
     folder = hf.resolve_model(path, commits.get(name, revision))
     local = pathlib.Path(path).expanduser().is_dir()
     if not local and name not in commits:
-      commit.write_file(stored, json.dumps(commits | {name: folder.name}))
+      text = json.dumps(commits | {name: folder.name})
+      commit.write_file(stored, text)
+      if mirror:
+        storage.put(f"{mirror}/revisions.json", text.encode())
     return str(folder), local
 
   folder, local = hosts.from_first("a model", resolve)
