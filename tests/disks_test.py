@@ -106,53 +106,61 @@ def steps(place, stage):
       place / "bucket" / "run" / stage).glob("*/manifest.json"))
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """A run in one process that nobody disturbs; and one in two whose disks are
-  lost in sft, whose newest checkpoint is damaged then, and again in the
-  preference stage; one process ends it."""
-  folder = tmp_path_factory.mktemp("disks")
-  flags = run_cases.write_data(folder / "data") + FLAGS
-  one, many = folder / "one", folder / "many"
+def pieces(folder):
+  """Name -> content of the files of a checkpoint that arrays are cut into."""
+  return {str(path.relative_to(folder)): path.read_bytes()
+          for path in folder.glob("default/*/[0-9]*")}
+
+
+def damage(place):
+  """A flipped bit in the bucket, where the second of two processes reads."""
+  path = place / "bucket/run/sft/4/default" / SECOND
+  content = bytearray(path.read_bytes())
+  content[5] ^= 8
+  path.write_bytes(content)
+
+
+def test_two_processes_whose_disks_are_lost_go_on_from_the_bucket(tmp_path):
+  flags = [*run_cases.write_data(tmp_path / "data"), *FLAGS,
+           "--config.stages=sft"]
+  run, newest = tmp_path / "run", tmp_path / "run/bucket/run/sft/4"
+  first, second = kill(
+      run, start(run, flags, fault="step.after@5:sleep=600"), "sft", [2, 4])
+  before = pieces(newest)
+  assert f"default/{SECOND}" in second and not first & second
+  assert first | second == before.keys()
+  damage(run)
+  finish(run, start(run, flags), 0)
+  for i in range(2):
+    assert "checkpoint 4 skipped: error[ckpt.hash]" in said(run, i)
+  assert "sft resumes at step 2" in said(run, 0)
+  assert steps(run, "sft") == [4, 6]
+  assert pieces(newest) == before  # weights and optimizer of updates made again
+  assert [row["step"] for row in run_cases.metrics(run / "0")] == [
+      1, 2, 3, 4, 5, 6]
+  one, other = (run / f"{i}/sft/model/model.safetensors" for i in range(2))
+  assert one.read_bytes() == other.read_bytes()
+
+
+@pytest.mark.nightly
+def test_lost_in_two_stages_and_ended_by_one_process_a_run_is_the_same(
+    tmp_path):
+  flags = run_cases.write_data(tmp_path / "data") + FLAGS
+  one, many = tmp_path / "one", tmp_path / "many"
   alone = start(one, [*flags, "--config.checkpoint.mirror=None"], processes=1,
                 devices=2)
   kill(many, start(many, flags, fault="step.after@5:sleep=600"), "sft", [2, 4])
-  piece = many / "bucket/run/sft/4/default" / SECOND
-  content = bytearray(piece.read_bytes())
-  content[5] ^= 8
-  piece.write_bytes(content)
-  held = kill(many, start(many, flags, fault="step.after@7:sleep=600"),
-              "preference", [2])  # 4 of sft and 3 of preference
-  seen = {stage: steps(many, stage) for stage in ("sft", "preference")}
+  damage(many)
+  kill(many, start(many, flags, fault="step.after@7:sleep=600"),
+       "preference", [2])  # 4 of sft and 3 of preference
   finish(one, alone, 0)
   finish(many, start(many, flags, processes=1, devices=2), 0)
-  return one, many, seen, held
-
-
-def test_what_lost_disks_goes_on_and_ends_with_the_same_weights(runs):
-  one, many, seen, _ = runs
-  assert seen == {"sft": [4, 6], "preference": [2]}
-  assert "sft resumes at step 2" in said(many, 0)
-  assert "checkpoint 4 skipped" in said(many, 0)
   assert "preference resumes at step 2" in said(many, 0)
   for name in ("sft/model", "preference/model", "export"):
     want, got = (safetensors.numpy.load_file(
         x / "0" / name / "model.safetensors") for x in (one, many))
     for key, value in want.items():
       np.testing.assert_array_equal(got[key], value, err_msg=key)
-
-
-def test_each_disk_holds_its_own_pieces_and_the_bucket_all(runs):
-  _, many, _, (first, second) = runs
-  assert SECOND in {name.removeprefix("default/") for name in second}
-  assert not first & second
-  there = many / "bucket/run/preference/2"
-  assert first | second == {str(path.relative_to(there)) for path in there.glob(
-      "default/*/[0-9]*")}
-
-
-def test_metrics_and_the_export_come_to_the_bucket(runs):
-  one, many, _, _ = runs
   rows = [[(row["stage"], row["step"], row.get("loss")) for row in
            run_cases.metrics(x / "0")] for x in (one, many)]
   assert rows[0] == rows[1] and len(rows[0]) == 6 + 4
