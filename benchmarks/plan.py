@@ -57,6 +57,9 @@ longest prompts and completions, so it is an upper bound.
 
 TAIL = """## What is sent
 
+Of two slices only what goes inside a slice is told: their row shows no traffic
+between them, so its times are too short.
+
 FSDP gathers every weight for the forward pass and again for the backward pass,
 and scatters the gradients: three times the weights' bytes. The TPU compiler
 turns most of that into loops of permutes around a ring, which overlap with the
