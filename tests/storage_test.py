@@ -12,6 +12,7 @@ import pytest
 from fsspec.implementations import memory
 
 from mcpo_jax import checkpoints, commit, errors, faults, hosts, storage
+from mcpo_jax.stages import export
 from mcpo_jax.training import setup
 
 
@@ -302,6 +303,24 @@ def test_a_store_that_cannot_be_asked_is_named(tmp_path):
   with pytest.raises(errors.ResourceError) as caught:
     storage.steps("nowhere://runs/one")
   assert (caught.value.slug, caught.value.exit_code) == ("ckpt.store", 6)
+
+
+def test_an_export_to_a_store_leaves_nothing_on_the_disk(
+    tmp_path, bucket, monkeypatch):
+  run, asked = types.SimpleNamespace(workdir=tmp_path), []
+
+  def fake(run, out, url):
+    asked.append(url)
+    out.mkdir()
+    return {"export/path": str(out)}
+
+  monkeypatch.setattr(export, "_export", fake)
+  out = "bucket://models/one"
+  assert export.run_export(run, None, out) == {"export/path": out}
+  assert asked == [out] and not list(tmp_path.iterdir())
+  with pytest.raises(errors.ResourceError) as caught:
+    export.run_export(run, None, "nowhere://models/one")
+  assert caught.value.slug == "ckpt.store" and asked == [out]
 
 
 def test_a_bucket_is_no_workdir(tmp_path):
