@@ -57,8 +57,9 @@ longest prompts and completions, so it is an upper bound.
 
 TAIL = """## What is sent
 
-Of two slices only what goes inside a slice is told: their row shows no traffic
-between them, so its times are too short.
+The row of two slices was made before plan counted what goes between slices: its
+bytes and times are too low. tpu7x: the compiler ended with SIGABRT, not looked
+into yet.
 
 FSDP gathers every weight for the forward pass and again for the backward pass,
 and scatters the gradients: three times the weights' bytes. The TPU compiler

@@ -108,6 +108,9 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
   %v.2 = (f32[8,4], u32[]) while(%i), condition=%to_eight, body=%twice_a_turn
   %ags = (f32[2,4], f32[8,4]) all-gather-start(%p), replica_groups=[1,4]<=[4]
   %agd = f32[8,4]{1,0} all-gather-done(%ags)
+  %rv = (f32[5,3], u32[], token[]) recv(%p), is_host_transfer=true, \
+frontend_attributes={_xla_megascale_target="{1,2}x{0:1}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
   %r = (f32[8,4], f32[3]) all-reduce(%v), replica_groups=m['a'=2,'b'=2] {'b'}
 }
 """
@@ -115,6 +118,10 @@ ENTRY %main (p: f32[8,4]) -> f32[8,4] {
 
 def test_collectives_of_a_program_are_counted_by_hand():
   split, *counted = collectives.count(HLO, 4)  # one gather in two places
+  between = [one for one in counted if one.payload == 60]
+  assert between == [collectives.Collective("all-reduce", 60, 1, ((0, 2),))]
+  assert between[0].crosses(2) and between[0].traffic == 60
+  counted.remove(between[0])
   assert (split.kind, split.payload) == ("all-gather", 72)
   found = {one.kind + str(one.times): one for one in counted}
   assert len(counted) == len(found)

@@ -3,7 +3,8 @@
 The text of a partitioned program has the shapes of one device. A scanned body
 stands in it once; here it counts as often as it runs. The TPU compiler turns
 gathers and scatters beside a product into loops of permutes ("windowed"),
-which are counted as what they are: permutes.
+which are counted as what they are: permutes. What goes between its slices it
+hands to the hosts, as sends and receives that name the collective.
 """
 
 import math
@@ -24,6 +25,8 @@ _CALLED = re.compile(
     r"|async_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"(?:branch|called)_computations=\{([^}]*)\}")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_BETWEEN = re.compile(
+    r"_xla_megascale_target=\"\{([\d,:]+)\}.*_transfer_type=\"(\w+)\"")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -85,6 +88,14 @@ def count(text: str, num_devices: int) -> list[Collective]:
           found.append(_collective(kind, line, num_devices, times))
           channels.add(channel and channel[1])
         continue  # what it applies is a sum
+      between = _BETWEEN.search(line) if operation == "recv" else None
+      if between:
+        kind = between[2].lower().replace("_", "-")
+        slices = sum(1 + int(part.split(":")[-1]) - int(part.split(":")[0])
+                     for part in between[1].split(","))  # such as 1,2 or 1:4
+        found.append(Collective(
+            kind, _bytes(*_ARRAY.search(line).groups()), times,
+            (tuple(range(0, num_devices, num_devices // slices)),)))
       for called in _CALLED.findall(line):
         walk(called, inner)
       for several in _BRANCHES.findall(line):
