@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -145,9 +146,23 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
   other = replay(tmp_path, MCPO_FAULT="file.rename:raise")
   assert other.returncode == 1 and "\nnot the same: " in other.stdout
   assert (tmp_path / "run/launches.jsonl").read_text() == told
-  shutil.rmtree(tmp_path / "run")
-  none = replay(tmp_path)
-  assert none.returncode == 2 and "error[replay.none]" in none.stderr
+
+
+@pytest.mark.parametrize("lines, slug", [
+    ([], "none"), ([{"command": ["train"], "processes": 1}], "none"),
+    ([{"error": "error[x.y]: of an older checkout"}], "none"),
+    ([{"command": ["train"], "processes": 2}, {"error": "error[x.y]: z"}],
+     "processes")])
+def test_what_cannot_be_replayed_is_told(tmp_path, lines, slug):
+  run = tmp_path / "run"
+  run.mkdir()
+  (run / "launches.jsonl").write_text(
+      "".join(json.dumps(line) + "\n" for line in lines))
+  with pytest.raises(errors.ConfigError) as caught:
+    main.run(["replay", f"--workdir={run}"])
+  assert caught.value.slug == f"replay.{slug}"
+  assert caught.value.where == str(run / "launches.jsonl")
+  assert os.listdir(tmp_path) == ["run"]
 
 
 def replay(folder, **extra):
