@@ -69,7 +69,7 @@ def start(place, flags, *, processes=2, fault="", devices=1):
 def finish(place, started, *codes):
   """Waits for all; each must end with one of these codes."""
   for process in started:
-    process.wait(timeout=900)
+    process.wait(timeout=1800)
   for i, process in enumerate(started):
     assert process.returncode in codes, said(place, i)[-3000:]
 
@@ -84,7 +84,7 @@ def kill(place, started, stage, wanted):
   Returns:
     of each disk the pieces of arrays that it held of the last of the steps.
   """
-  deadline = time.monotonic() + 600
+  deadline = time.monotonic() + 1800
   while steps(place, stage) != wanted:
     assert time.monotonic() < deadline and all(
         p.poll() is None for p in started), said(place, 0)[-3000:]
@@ -125,7 +125,7 @@ def test_two_processes_whose_disks_are_lost_go_on_from_the_bucket(tmp_path):
            "--config.stages=sft"]
   run, newest = tmp_path / "run", tmp_path / "run/bucket/run/sft/4"
   first, second = kill(
-      run, start(run, flags, fault="step.after@5:sleep=600"), "sft", [2, 4])
+      run, start(run, flags, fault="step.after@5:sleep=3600"), "sft", [2, 4])
   before = pieces(newest)
   assert f"default/{SECOND}" in second and not first & second
   assert first | second == before.keys()
@@ -149,9 +149,9 @@ def test_lost_in_two_stages_and_ended_by_one_process_a_run_is_the_same(
   one, many = tmp_path / "one", tmp_path / "many"
   alone = start(one, [*flags, "--config.checkpoint.mirror=None"], processes=1,
                 devices=2)
-  kill(many, start(many, flags, fault="step.after@5:sleep=600"), "sft", [2, 4])
+  kill(many, start(many, flags, fault="step.after@5:sleep=3600"), "sft", [2, 4])
   damage(many)
-  kill(many, start(many, flags, fault="step.after@7:sleep=600"),
+  kill(many, start(many, flags, fault="step.after@7:sleep=3600"),
        "preference", [2])  # 4 of sft and 3 of preference
   finish(one, alone, 0)
   finish(many, start(many, flags, processes=1, devices=2), 0)
@@ -183,7 +183,7 @@ def test_online_rounds_come_back_to_disks_that_were_lost_within_one(tmp_path):
   alone = start(one, [*flags, "--config.checkpoint.mirror=None"], processes=1,
                 devices=2)
   # Rounds are of two updates; after the fourth of them, and 6 of sft.
-  kill(many, start(many, flags, fault="step.after@10:sleep=600"),
+  kill(many, start(many, flags, fault="step.after@10:sleep=3600"),
        "preference", [3])
   assert [path.name for path in sorted((
       many / "bucket/run/preference/rounds").iterdir())] == ["000000", "000001"]
