@@ -507,7 +507,8 @@ def soak(phase: Phases, rng: random.Random) -> None:
     most = 1 if phase.idle > 1 else points.get(name)
     kills.append(Kill(
         name, rng.randint(1, most) if name else 1,
-        rng.uniform(0.1, 0.8 * phase.seconds)))
+        # Earlier after a life too short for it: the machine may be faster now.
+        rng.uniform(0.1, max(0.2, 0.8 * phase.seconds / 2**phase.idle))))
   found, missed = phase.live(kills)
   phase.outcomes += found
   phase.idle = 0 if found else phase.idle + 1
