@@ -219,8 +219,6 @@ ROWS = [
             "data.revision"),
     refused("C11 text", set_("data.quarantine_text=true"), "config.unused",
             "data.quarantine_text"),
-    refused("C11 override", read_back("{}", "--config.seed=1"),
-            "config.unused", "seed"),
     refused("C13 model", config_file(beside="model.safetensors"),
             "config.untrusted_code", "mine.py"),
     refused("C13 run", config_file(beside="config.json"),

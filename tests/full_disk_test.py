@@ -3,12 +3,14 @@
 import subprocess
 import time
 
+import pytest
 import run_cases
 import small_disk
 
 from mcpo_jax import commit
 
 
+@pytest.mark.nightly
 def test_a_run_stops_when_its_disk_is_full_and_goes_on_when_there_is_room(
     tmp_path):
   flags = [*run_cases.write_data(tmp_path / "data"),

@@ -444,6 +444,7 @@ def test_200_clients_get_what_the_service_gives(model, process):
   assert process.metrics()["mcpo_healthy"] == 1
 
 
+@pytest.mark.nightly
 def test_a_killed_server_comes_back_and_the_answer_is_the_same(
     model, process, tmp_path):
   folder, config = model

@@ -323,6 +323,7 @@ def test_a_restart_is_bit_equal_and_its_checkpoint_holds_adapters_alone(
 
   class Writer:
     def rewind(self, *_, **__): pass
+    def keep(self): pass
     def write(self, *_): pass
 
   def train(folder, stop_at=None):

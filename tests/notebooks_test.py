@@ -17,6 +17,13 @@ NOTEBOOKS = sorted((run_cases.ROOT / "notebooks").glob("*.ipynb"))
 ONLINE = "your_own_reward_online"
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """As one user's notebooks have: what one has tokenised or trained to start
+  from, the next one takes."""
+  return tmp_path_factory.mktemp("cache")
+
+
 def _client(path: pathlib.Path, folder: pathlib.Path):
   """A client of a notebook whose workdir lies in the folder."""
   folder.mkdir(exist_ok=True)
@@ -48,8 +55,8 @@ def test_a_notebook_ships_bare_and_says_how_long_it_takes(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_the_cells_run_as_shipped(path, tmp_path):
-  notebook = _client(path, tmp_path).execute(env=_environment(tmp_path))
+def test_the_cells_run_as_shipped(path, tmp_path, cache):
+  notebook = _client(path, tmp_path).execute(env=_environment(cache))
   outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
   assert sum("image/png" in out.get("data", {}) for out in outputs) >= 1
   if (tmp_path / "runs").exists():

@@ -134,9 +134,10 @@ def test_a_run_stopped_in_a_round_keeps_the_parts_that_are_done(home, unbroken):
 
 
 @pytest.mark.parametrize("fault", [
-    "reward.reply@3",      # samples and scores are there, no candidates
     "online.committed@3",  # the folder is there, no update has used it
-    "step.drawn@6",        # inside a round, no checkpoint of this step
+    *(pytest.param(fault, marks=pytest.mark.nightly) for fault in (
+        "reward.reply@3",  # samples and scores are there, no candidates
+        "step.drawn@6")),  # inside a round, no checkpoint of this step
 ])
 def test_a_run_killed_in_a_round_ends_with_the_same_weights(
     home, unbroken, tmp_path, fault):
@@ -271,6 +272,7 @@ def free_port():
     return one.getsockname()[1]
 
 
+@pytest.mark.nightly
 def test_f12_f13_the_server_dies_two_deaths_and_the_trainer_one(
     home, unbroken, tmp_path):
   """Nobody is there at the start; the server dies in a request, comes back
