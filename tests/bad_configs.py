@@ -103,10 +103,10 @@ def config_file(*lines: str, beside: str | None = None):
   return make
 
 
-def read_back(text: str, *words: str):
+def read_back(text: str):
   def make(folder):
     (folder / "config.json").write_text(text)
-    return typed("evaluate", "--workdir={}", *words)(folder)
+    return typed("evaluate", "--workdir={}")(folder)
 
   return make
 
