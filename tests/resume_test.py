@@ -149,15 +149,17 @@ def test_changed_data_is_refused_on_resume(unbroken, tmp_path):
 
 
 @pytest.mark.parametrize("lines, slug", [
-    ([], "none"), ([{"command": ["train"], "processes": 1}], "none"),
-    ([{"error": "error[x.y]: of an older checkout"}], "none"),
-    ([{"command": ["train"], "processes": 2}, {"error": "error[x.y]: z"}],
-     "processes")])
+    ([], "none"),
+    ([{"time": 1.5, "command": ["train"], "processes": 1}], "none"),
+    ([{"time": 1.5, "error": "error[x.y]: of an older checkout"}], "none"),
+    ([{"time": 1.5, "command": ["train"], "processes": 2},
+      {"time": 2.5, "error": "error[x.y]: z"}], "processes")])
 def test_what_cannot_be_replayed_is_told(tmp_path, lines, slug):
   run = tmp_path / "run"
   run.mkdir()
   (run / "launches.jsonl").write_text(
-      "".join(json.dumps(line) + "\n" for line in lines))
+      "".join(json.dumps(line) + "\n" for line in lines)
+      + '{"time": 3.5, "comm')  # and a kill within a line
   with pytest.raises(errors.ConfigError) as caught:
     main.run(["replay", f"--workdir={run}"])
   assert caught.value.slug == f"replay.{slug}"

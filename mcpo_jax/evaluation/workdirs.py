@@ -90,12 +90,7 @@ def read_run(folder: pathlib.Path, name: str, candidate_bytes: int) -> Run:
       str(law).strip("/"): rows for law, rows in _read_json(
           folder / "evaluate/samples.json", notes).items()
       if isinstance(rows, list)}
-  launches = []
-  for row in _read_lines(folder / "launches.jsonl", notes):
-    if "error" in row and launches:
-      launches[-1]["error"] = str(row["error"])
-    elif is_number(row.get("time")):
-      launches.append(row)
+  launches = read_launches(folder / "launches.jsonl", notes)
   if launches and "error" in launches[-1]:
     notes.append(f"the last launch ended so: {launches[-1]['error']}")
   try:
@@ -112,6 +107,20 @@ def read_run(folder: pathlib.Path, name: str, candidate_bytes: int) -> Run:
       *_read_candidates(folder / "preference/candidates.jsonl",
                         candidate_bytes, notes),
       notes)
+
+
+def read_launches(
+    path: pathlib.Path, notes: list[str]
+) -> list[dict[str, Any]]:
+  """The launches of a workdir, see `training.launches`, each with the `error`
+  that ended it, if one did; what is damaged is left out with a note."""
+  launches: list[dict[str, Any]] = []
+  for row in _read_lines(path, notes):
+    if "error" in row and launches:
+      launches[-1]["error"] = str(row["error"])
+    elif is_number(row.get("time")):
+      launches.append(row)
+  return launches
 
 
 def _read_json(path: pathlib.Path, notes: list[str]) -> dict[str, Any]:
