@@ -19,6 +19,7 @@ import safetensors.numpy
 from mcpo_jax import errors, hosts, main, settings
 from mcpo_jax.data import store
 
+TESTS = pathlib.Path(__file__).parent
 FLAGS = [
     "--config.sft.num_steps=12", "--config.num_steps=3",
     "--config.data.num_streams=4", "--config.checkpoint.every_steps=1",
@@ -36,12 +37,20 @@ def start(workdir, flags, *, processes, devices, fault="", odd=()):
     processes, devices: how many.
     fault, odd: MCPO_FAULT and further flags of the last process.
   """
+  return start_all(workdir, run_cases.command("train", workdir, *flags),
+                   processes=processes, devices=devices, fault=fault, odd=odd)
+
+
+def start_all(workdir, command, *, processes, devices, fault="", odd=(),
+              **extra):
+  """As `start`, of any command, with extra variables."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
   started = []
   for i in range(processes):
-    env = run_cases.environment(workdir.parent / "cache" / workdir.name)
+    env = run_cases.environment(
+        workdir.parent / "cache" / workdir.name, **extra)
     env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     if processes > 1:
       env |= {"MCPO_COORDINATOR": f"127.0.0.1:{port}",
@@ -51,8 +60,8 @@ def start(workdir, flags, *, processes, devices, fault="", odd=()):
       env["MCPO_FAULT"], more = fault, odd
     out, err = (open(f"{workdir}.{i}.{kind}", "w") for kind in ("out", "err"))
     started.append(subprocess.Popen(
-        run_cases.command("train", workdir, *flags, *more), env=env,
-        cwd=run_cases.ROOT, stdout=out, stderr=err))
+        [*command, *more], env=env, cwd=run_cases.ROOT, stdout=out,
+        stderr=err))
   return started
 
 
@@ -151,6 +160,44 @@ def test_when_one_is_told_to_stop_all_save_the_same_step(runs):
   (step,) = {step_of(text) for text in four}
   assert f"sft resumes at step {step}" in alone
   assert "preference is saved at step 2" in alone
+
+
+# One life of a run: updates in float64, on all devices of all processes.
+LIFE = """
+import json, pathlib, sys
+from mcpo_jax import hosts
+hosts.join()
+import jax
+import training_cases as cases
+folder, num_steps, fsdp = sys.argv[1:]
+print(json.dumps(cases.train_on(
+    pathlib.Path(folder), int(num_steps), devices=len(jax.devices()),
+    fsdp=int(fsdp), dtype=jax.numpy.float64)))
+hosts.leave()
+"""
+
+
+@pytest.mark.nightly
+def test_in_float64_the_number_of_processes_changes_the_last_digits(tmp_path):
+  def live(name, num_steps, *, processes, devices, fsdp=1):
+    folder = tmp_path / name
+    folder.mkdir(exist_ok=True)
+    finish(folder, start_all(
+        folder, [sys.executable, "-c", LIFE, str(folder), str(num_steps),
+                 str(fsdp)], processes=processes, devices=devices,
+        JAX_ENABLE_X64="1", PYTHONPATH=f"{run_cases.ROOT}:{TESTS}"))
+    return json.loads(said(folder, 0, "out").splitlines()[-1])  # gloo speaks
+
+  want = live("one", 8, processes=1, devices=1)
+  got = [update for life in (
+      live("many", 2, processes=4, devices=1),
+      live("many", 4, processes=2, devices=2, fsdp=2),
+      live("many", 6, processes=1, devices=1),
+      live("many", 8, processes=2, devices=1)) for update in life]
+  assert len(got) == len(want) == 8 == len({loss for loss, _ in want})
+  assert [drawn for _, drawn in got] == [drawn for _, drawn in want]
+  gaps = [abs(a - b) / abs(b) for (a, _), (b, _) in zip(got, want)]
+  assert max(gaps) <= 1e-13, gaps
 
 
 # The second process hangs in its first life.

@@ -1,6 +1,5 @@
 """Killed runs: the same line again ends with the weights of an unbroken run."""
 
-import functools
 import json
 import os
 import re
@@ -218,28 +217,10 @@ MESHES = (dict(devices=1), dict(devices=8, fsdp=2), dict(
 
 
 def losses_on(meshes, folder, dtype, per_mesh=2):
-  """(loss, drawn slots) of each update: some on each mesh, as a run that was
-  stopped and started elsewhere."""
-  rng = np.random.default_rng(3)
-  sets = [cases.candidate_set(rng, i + 1, 3 + i) for i in range(9)]
-  batch = cases.host_batch(sets, 12)
-  ref = rng.normal(size=batch.meta.role.shape).astype(np.float32) - 20
-  seen = []
-  for number, mesh in enumerate(meshes, 1):
-    model = cases.make_model(num_streams=8, stream_length=20, dtype=dtype,
-                             **mesh)
-    stage = cases.stage(num_negatives=2, batch_size=9,
-                        num_steps=number * per_mesh)
-    loop.train(
-        stage, model, lambda step: batch,
-        functools.partial(cases.init, model), folder,
-        metrics.Writer(folder), loop.Schedule(
-            log_every=1, save_every=100, keep=2, evaluate_every=100,
-            patience=None, keep_best=False), meta={},
-        reference=stage_lib.Reference(lambda batch: ref),
-        show=lambda step, batch, metrics: seen.append(
-            (float(metrics["loss"]), metrics["kernel/selected"].tolist())))
-  return seen
+  """What `cases.train_on` gives: some updates on each mesh."""
+  return [update for number, mesh in enumerate(meshes, 1)
+          for update in cases.train_on(folder, number * per_mesh, dtype=dtype,
+                                       **mesh)]
 
 
 @pytest.mark.parametrize("dtype, first, later", [

@@ -1,5 +1,8 @@
 """A tiny model and random candidate sets for tests of the training room."""
 
+import functools
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +11,7 @@ from mcpo_jax import objective_names, sharding, types
 from mcpo_jax.models import config as config_lib
 from mcpo_jax.models import decoder
 from mcpo_jax.training import batch as batch_lib
+from mcpo_jax.training import loop, metrics
 from mcpo_jax.training import stage as stage_lib
 
 VOCAB = 37
@@ -85,3 +89,34 @@ def stage(objective="mcpo", *, num_steps=4, batch_size=5, beta=0.3,
       {"strategy": "mc", "score": "reward", "temperature": 1.0,
        "num_negatives": 1, "include_preferred": False} | kernel,
       optimizer or OPTIMIZER, num_steps, batch_size, 11)
+
+
+def train_on(folder: pathlib.Path, num_steps: int, **model
+             ) -> list[tuple[float, list[list[int]]]]:
+  """Trains to `num_steps` from the newest checkpoint in the folder, as a run
+  that was stopped and goes on elsewhere.
+
+  Args:
+    folder: of the run.
+    num_steps: updates, of which the last is saved.
+    **model: of `make_model`.
+
+  Returns:
+    (loss, drawn slots) of each update that was made.
+  """
+  rng = np.random.default_rng(3)
+  sets = [candidate_set(rng, i + 1, 3 + i) for i in range(9)]
+  batch = host_batch(sets, 12)
+  ref = rng.normal(size=batch.meta.role.shape).astype(np.float32) - 20
+  made = make_model(num_streams=8, stream_length=20, **model)
+  seen = []
+  loop.train(
+      stage(num_negatives=2, batch_size=9, num_steps=num_steps), made,
+      lambda step: batch, functools.partial(init, made), folder,
+      metrics.Writer(folder), loop.Schedule(
+          log_every=1, save_every=100, keep=2, evaluate_every=100,
+          patience=None, keep_best=False), meta={},
+      reference=stage_lib.Reference(lambda batch: ref),
+      show=lambda step, batch, metrics: seen.append(
+          (float(metrics["loss"]), metrics["kernel/selected"].tolist())))
+  return seen
