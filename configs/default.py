@@ -65,8 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Tokenizer --------------------------------------------------------------
   tokenizer = config.tokenizer = ml_collections.ConfigDict()
-  # Folder or hub name of a Hugging Face tokenizer. None: the one of model.path,
-  # or without model.path a byte-level BPE trained on the data.
+  # Folder, hub name or place in an object store of a Hugging Face tokenizer.
+  # None: the one of model.path, or without model.path a byte-level BPE trained
+  # on the data.
   tokenizer.path = config_dict.placeholder(str)
   # Tokens of a BPE that is trained here. Without effect on one that is loaded.
   tokenizer.vocab_size = 800
@@ -91,8 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Model ------------------------------------------------------------------
   model = config.model = ml_collections.ConfigDict()
-  # Folder or hub name of Hugging Face weights; the architecture comes from
-  # there. None: random weights of the shape given below.
+  # Folder, hub name or place in an object store (gs://bucket/model, read there
+  # and never copied to a disk) of Hugging Face weights; the architecture comes
+  # from there. None: random weights of the shape given below.
   model.path = config_dict.placeholder(str)
   # Branch, tag or commit of a hub name; resolved once to a commit hash.
   # None: the main branch.
@@ -326,7 +328,7 @@ def get_config() -> ml_collections.ConfigDict:
   reference.source = config_dict.placeholder(str)
   # Share of the old average at every round (ema). None: 0.9.
   reference.ema_decay = config_dict.placeholder(float)
-  # Its weights. None: the weights the preference stage starts from.
+  # Its weights, as model.path. None: those the preference stage starts from.
   reference.path = config_dict.placeholder(str)
 
   # --- Optimizer of the preference stage --------------------------------------
@@ -440,7 +442,8 @@ def get_config() -> ml_collections.ConfigDict:
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
-  # Sequence-classification folder of "reward_model". None: not used.
+  # Sequence-classification folder of "reward_model", as model.path.
+  # None: not used.
   reward.path = config_dict.placeholder(str)
   # Where "remote" posts samples to. None: not used.
   reward.url = config_dict.placeholder(str)

@@ -1,8 +1,9 @@
-"""Committed folders in object stores: gs://, s3:// and whatever fsspec opens.
+"""Object stores: gs://, s3:// and whatever fsspec opens.
 
 A store has whole objects: no rename, no append, no fsync. Files are put first,
 the manifest last and only if there is none, so a folder counts as committed as
-it does on a disk. What is fetched is verified before it gets its name.
+it does on a disk. What is fetched is verified before it gets its name. Objects
+of others, weights and data, are told by their size and version.
 """
 
 import concurrent.futures
@@ -11,13 +12,44 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
 from mcpo_jax import commit, errors, faults
 
 _THREADS = 8
+# What stores tell of an object that another content changes, the best first.
+_VERSIONS = ("md5Hash", "crc32c", "etag", "ETag", "generation", "mtime",
+             "created", "LastModified", "last_modified")
+
+_cache: pathlib.Path | None = None
+
+
+class Found(NamedTuple):
+  """An object as it is now."""
+
+  url: str
+  bytes: int
+  version: str  # changes with the content
+
+
+def is_url(path: str) -> bool:
+  """Whether a path is a place in an object store."""
+  return "://" in path
+
+
+def cache() -> pathlib.Path:
+  """The folder that keeps what is fetched, the run's if there is one."""
+  return _cache or pathlib.Path(
+      os.environ.get("MCPO_CACHE")
+      or pathlib.Path.home() / ".cache" / "mcpo_jax")
+
+
+def set_cache(folder: pathlib.Path) -> None:
+  """Says what `cache` is, once a run has found it."""
+  global _cache
+  _cache = folder
 
 
 def _at(url: str) -> tuple[Any, str]:
@@ -85,6 +117,74 @@ def get_file(url: str) -> bytes | None:
       return None
 
   return _ask(url, work)
+
+
+def find(url: str) -> list[Found]:
+  """The objects that a URL or a pattern names, sorted.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+
+  def work(store, place):
+
+    def look(name):
+      info = store.info(name)
+      version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
+      return info["type"], Found(
+          store.unstrip_protocol(name), info["size"], version)
+
+    try:
+      names = sorted(store.glob(place))
+      with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+        return [one for kind, one in pool.map(look, names) if kind == "file"]
+    except FileNotFoundError:  # no such bucket
+      return []
+
+  return _ask(url, work)
+
+
+def read(url: str, start: int, stop: int) -> bytes:
+  """The bytes [start, stop) of an object, fewer where it ends.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+  return _ask(url, lambda store, place: store.cat_file(place, start, stop))
+
+
+def fetch(found: Found, path: pathlib.Path) -> None:
+  """Copies an object to a file, which is whole or not there.
+
+  Raises:
+    DataError: data.changed, while it was read.
+    ResourceError: ckpt.store, ckpt.disk_full.
+  """
+  temporary = commit.temporary_of(path)
+
+  def work(store, place):
+    try:
+      store.get_file(place, str(temporary))
+    except OSError as e:
+      told = commit.storage_error(e, path)
+      if told.slug == "ckpt.disk_full":
+        raise told from e
+      raise
+
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _ask(found.url, work)
+    if temporary.stat().st_size != found.bytes or find(found.url) != [found]:
+      raise errors.DataError(
+          "data.changed", "the file changed while it was read",
+          where=found.url, hint="start again when nobody writes to it")
+    commit.sync(temporary)
+    os.replace(temporary, path)
+    commit.sync(path.parent)
+  except OSError as e:
+    raise commit.storage_error(e, path) from e
+  finally:
+    temporary.unlink(missing_ok=True)
 
 
 def steps(url: str) -> list[int]:

@@ -1,5 +1,6 @@
 """A bucket of whole objects for several processes: pail://runs/one is
-MCPO_BUCKET/runs/one. Whoever imports this can open it."""
+MCPO_BUCKET/runs/one. Whoever imports this can open it. A file that MCPO_READS
+names gets a line of each read: the object's name, the bytes."""
 
 import os
 import pathlib
@@ -42,7 +43,14 @@ class Bucket(local.LocalFileSystem):
     self.pipe_file(rpath, pathlib.Path(lpath).read_bytes())
 
   def cat_file(self, path, start=None, end=None, **kwargs):
-    return pathlib.Path(self._strip_protocol(path)).read_bytes()[start:end]
+    path = self._strip_protocol(path)
+    with open(path, "rb") as file:
+      file.seek(start or 0)
+      content = file.read(None if end is None else end - (start or 0))
+    if "MCPO_READS" in os.environ:
+      with open(os.environ["MCPO_READS"], "a") as log:
+        log.write(f"{os.path.basename(path)} {len(content)}\n")
+    return content
 
   def get_file(self, rpath, lpath, **kwargs):
     pathlib.Path(lpath).write_bytes(self.cat_file(rpath))

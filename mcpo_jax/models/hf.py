@@ -184,7 +184,7 @@ def load_params(
 
   Raises:
     ModelDirError: `hf.tensor`, `hf.tied`, `hf.vocab`, `hf.non_finite`, and
-      those of shards.Shards.
+      those of shards.Shards; `hf.changed`, a file did so meanwhile.
   """
   folder = pathlib.Path(path)
   shards = Shards(folder)
@@ -225,7 +225,9 @@ def load_params(
     return jax.block_until_ready(
         jax.make_array_from_callback(shape.shape, placed, once))
 
-  return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+  params = jax.tree_util.tree_map_with_path(load, shapes, shardings)
+  shards.check_unchanged()
+  return params
 
 
 def _stacked(path: tuple) -> bool:

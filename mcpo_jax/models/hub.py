@@ -1,25 +1,41 @@
-"""Names of models on the hub as local folders."""
+"""Names of models on the hub, and places in object stores, as local folders."""
 
+import fnmatch
+import hashlib
+import json
+import os
 import pathlib
 import re
+import shutil
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors, storage
 
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+_SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+_HUB_FILES = (*_SMALL_FILES, "*.safetensors")
+# Of a folder whose weights stay in an object store: {"url": where, "files":
+# {name: [bytes, version]}}.
+ORIGIN = "mcpo_origin.json"
 
 
 def resolve_model(path: str, revision: str | None = None) -> pathlib.Path:
   """The local folder of a model.
 
   Args:
-    path: a folder, or a name on the hub, "owner/name".
+    path: a folder, a name on the hub, "owner/name", or a place in an object
+      store, whose weights are not fetched: shards.Shards reads them there.
     revision: branch, tag or commit of a hub name. It is resolved to a commit
-      once; the name of the folder that comes back is that commit.
+      once; the name of the folder that comes back is that commit. For a store
+      it is the name of the folder that came back before.
 
   Raises:
     ModelDirError: `hf.path`, `hf.gated`, `hf.missing`, `hf.unauthorised`,
-      `hf.revision`, each with the page to visit; `hf.hub` without a network.
+      `hf.revision`, each with the page to visit; `hf.hub` without a network;
+      `hf.changed`, what the store has is not what it had.
+    CheckpointError: the store has not what the manifest there says.
+    ResourceError: ckpt.store.
   """
+  if storage.is_url(path):
+    return _from_store(path.rstrip("/"), revision)
   folder = pathlib.Path(path).expanduser()
   if folder.is_dir():
     return folder
@@ -90,16 +106,82 @@ def resolve_model(path: str, revision: str | None = None) -> pathlib.Path:
     ) from None
 
 
+def _from_store(url: str, known: str | None) -> pathlib.Path:
+  """The folder of the small files of a place in a store, as it is now."""
+  found = {
+      one.url.rpartition("/")[2]: one for one in storage.find(f"{url}/*")}
+  if not found:
+    raise errors.ModelDirError(
+        "hf.path", "nothing lies there", where=url,
+        want="a place with config.json and safetensors")
+  origin = json.dumps({"url": url, "files": {
+      name: [one.bytes, one.version] for name, one in found.items()}})
+  digest = hashlib.sha256(origin.encode()).hexdigest()[:24]
+  name = f"{re.sub(r'[^A-Za-z0-9.-]+', '_', url)[-100:]}-{digest}"
+  if known not in (None, name):
+    raise errors.ModelDirError(
+        "hf.changed", "the model is not the one that the run began with",
+        where=url, got=name, want=known,
+        hint="a fresh --workdir takes the new one")
+  folder = storage.cache() / "models" / name
+  if folder.is_dir():
+    return folder
+  temporary = commit.temporary_of(folder)
+  try:
+    temporary.mkdir(parents=True)
+    known_files = _check_manifest(url, temporary, found)
+    small = [name for name in found if name != commit.MANIFEST and any(
+        fnmatch.fnmatch(name, pattern) for pattern in _SMALL_FILES)]
+    storage.get_files(url, temporary, {
+        name: known_files[name] for name in small if name in known_files})
+    for name in small:
+      if name not in known_files:
+        storage.fetch(found[name], temporary / name)
+    (temporary / ORIGIN).write_text(origin)
+    for path in (*temporary.iterdir(), temporary):
+      commit.sync(path)
+    try:
+      os.rename(temporary, folder)
+    except OSError:
+      if not folder.is_dir():  # else another process was faster
+        raise
+  except OSError as e:
+    raise commit.storage_error(e, folder) from e
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+  return folder
+
+
+def _check_manifest(
+    url: str, folder: pathlib.Path, found: dict[str, storage.Found]
+) -> dict[str, dict]:
+  """The files of a manifest beside a model, if there is one; their sizes are
+  those that it says."""
+  if commit.MANIFEST not in found:
+    return {}
+  files = storage.get_manifest(url, folder)["files"]
+  (folder / commit.MANIFEST).unlink()  # the weights that it names stay there
+  for name, entry in files.items():
+    size = found[name].bytes if name in found else None
+    if size != entry["bytes"] and not name.endswith(".md"):
+      raise errors.CheckpointError(
+          "ckpt.missing_data", "a file is missing or cut",
+          where=f"{url}/{name}", got=size, want=f"{entry['bytes']} bytes")
+  return files
+
+
 def resolve_config(path: str, revision: str | None = None) -> pathlib.Path:
   """The folder with a model's config.json; no weights are fetched.
 
   Args:
-    path: a folder, or a name on the hub.
+    path: a folder, a name on the hub, or a place in an object store.
     revision: of a hub name.
 
   Raises:
     ModelDirError: `hf.path`, it is neither here nor can it be fetched.
   """
+  if storage.is_url(path):
+    return resolve_model(path)
   folder = pathlib.Path(path).expanduser()
   if folder.is_dir():
     return folder

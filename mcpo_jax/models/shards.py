@@ -1,27 +1,32 @@
 """Safetensors folders: which tensor lies in which file, checked both ways.
 
-Nothing is read but headers until a slice is asked for, and files are written
-tensor by tensor. No pickled format is ever opened, no path leaves the folder.
+Nothing is read but headers until a slice is asked for, on a disk or in an
+object store, and files are written tensor by tensor. No pickled format is ever
+opened, no path leaves the folder.
 """
 
+import concurrent.futures
 import hashlib
 import json
 import math
-import os
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+import ml_dtypes  # noqa: F401 — makes bfloat16 a name that numpy knows
 import numpy as np
 import safetensors
 
-from mcpo_jax import commit, errors
+from mcpo_jax import commit, errors, storage
+from mcpo_jax.models import hub
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16",
            "BF16": "bfloat16"}
+_MAX_HEADER_BYTES = 100_000_000  # as safetensors has it
+_THREADS = 16
 
 
 def read_json(folder: pathlib.Path, name: str, slug: str) -> dict[str, Any]:
@@ -113,6 +118,72 @@ def write_file(
         )
 
 
+class _Tensor(NamedTuple):
+  """A tensor in an object store; as the slices of safetensors."""
+
+  url: str
+  code: str  # of its dtype
+  shape: list[int]
+  begin: int  # its first byte
+  end: int
+
+  def get_shape(self) -> list[int]:
+    return self.shape
+
+  def get_dtype(self) -> str:
+    return self.code
+
+  def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+    """Reads the rows of a slice, all that lies between the first and last."""
+    dtype = np.dtype(_DTYPES[self.code])
+    first, last, _ = index[0].indices(self.shape[0])
+    row = dtype.itemsize * math.prod(self.shape[1:])
+    want = row * (last - first)
+    content = storage.read(
+        self.url, self.begin + row * first, self.begin + row * last)
+    if len(content) != want:
+      raise errors.ModelDirError(
+          "hf.safetensors", "a weights file is damaged: it ends too early",
+          where=self.url, got=len(content), want=f"{want} bytes")
+    rows = np.frombuffer(content, dtype).reshape(-1, *self.shape[1:])
+    return rows[(slice(None), *index[1:])]
+
+
+class _Remote:
+  """A file of tensors in an object store; as safetensors.safe_open gives one.
+
+  Raises:
+    ValueError: the header says what cannot be.
+  """
+
+  def __init__(self, url: str, size: int):
+    length = int.from_bytes(storage.read(url, 0, 8), "little")
+    if not 2 <= length <= min(size - 8, _MAX_HEADER_BYTES):
+      raise ValueError(f"no header of {length} bytes fits in {size} bytes")
+    self._tensors, end = {}, 8 + length
+    header = json.loads(storage.read(url, 8, end))
+    header.pop("__metadata__", None)
+    for name, entry in sorted(
+        header.items(), key=lambda item: item[1]["data_offsets"]):
+      code, shape = entry["dtype"], entry["shape"]
+      begin, end = (8 + length + x for x in entry["data_offsets"])
+      last = max((t.end for t in self._tensors.values()), default=8 + length)
+      count = math.prod(shape) if all(
+          type(x) is int and x >= 0 for x in shape) else -1
+      width = np.dtype(_DTYPES[code]).itemsize if code in _DTYPES else None
+      if begin != last or end < begin or width and end - begin != count * width:
+        raise ValueError(f"{name} has not the bytes that its shape says")
+      self._tensors[name] = _Tensor(url, code, shape, begin, end)
+    if end != size:
+      raise ValueError(f"the header is of {end} bytes, the file has {size}")
+
+  def keys(self) -> Iterable[str]:
+    return self._tensors.keys()
+
+  def get_slice(self, name: str) -> _Tensor:
+    return self._tensors[name]
+
+
 class Shards:
   """The tensors of a folder.
 
@@ -132,7 +203,10 @@ class Shards:
         `hf.safetensors`, `hf.dtype`, `hf.unsafe_path`.
     """
     commit.verify_once(folder)
-    self.folder, self._single = folder, single
+    self.folder, self._single, self._url = folder, single, None
+    if (folder / hub.ORIGIN).exists():
+      origin = json.loads((folder / hub.ORIGIN).read_text())
+      self._url, self._sizes = origin["url"], origin["files"]
     index = None
     if (folder / INDEX).exists():
       index = read_json(folder, INDEX, "hf.index").get("weight_map")
@@ -143,7 +217,8 @@ class Shards:
       names = sorted(set(map(str, index.values())))
     else:
       names = [single]
-    self._files = {name: self._open(name) for name in names}
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      self._files = dict(zip(names, pool.map(self._open, names)))
     self._file_of = {}
     for name, file in self._files.items():
       for tensor in file.keys():
@@ -178,7 +253,10 @@ class Shards:
 
   def where(self, tensor: str) -> str:
     """The place of a tensor, for messages."""
-    return f"{self.folder / self._file_of[tensor]}: {tensor}"
+    return f"{self._place(self._file_of[tensor])}: {tensor}"
+
+  def _place(self, name: str) -> str:
+    return f"{self._url}/{name}" if self._url else str(self.folder / name)
 
   def read(self, tensor: str, index: tuple[slice, ...]) -> np.ndarray:
     """A slice of a tensor in its own dtype.
@@ -197,31 +275,52 @@ class Shards:
   def _slice(self, tensor: str):
     return self._files[self._file_of[tensor]].get_slice(tensor)
 
+  def check_unchanged(self) -> None:
+    """After the last slice: all of them are of the same files.
+
+    Raises:
+      ModelDirError: `hf.changed`.
+    """
+    for name in self._files if self._url else ():
+      now = [[x.bytes, x.version] for x in storage.find(self._place(name))]
+      if now != [self._sizes[name]]:
+        raise errors.ModelDirError(
+            "hf.changed", "a weights file changed while it was read",
+            where=self._place(name),
+            hint="start again when nobody writes to it")
+
   def _open(self, name: str):
-    path = safe_path(self.folder, name)
-    if not os.path.exists(path):  # or no file can be called so
+    path, place = safe_path(self.folder, name), self._place(name)
+    there = set(self._sizes) if self._url else {
+        other.name for other in self.folder.iterdir() if other.exists()}
+    if name not in there:
       pickles = sorted(
-          p.name for p in self.folder.glob("*")
-          if p.suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-      )
+          other for other in there
+          if other.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt")))
       if pickles and name == self._single:
         raise errors.ModelDirError(
             "hf.unsafe_format",
             "the folder has pickled weights only, which are never opened",
-            where=str(self.folder),
+            where=self._url or str(self.folder),
             got=pickles[0],
             want="safetensors",
             hint="convert them with transformers: from_pretrained, then"
             " save_pretrained",
         )
       raise errors.ModelDirError(
-          "hf.shard_missing", "a weights file is missing", where=str(path)
+          "hf.shard_missing", "a weights file is missing", where=place
       )
     try:
+      if self._url:
+        return _Remote(place, self._sizes[name][0])
       return safetensors.safe_open(path, framework="numpy")
-    except (safetensors.SafetensorError, OSError) as error:
-      with open(path, "rb") as file:
-        start = file.read(64).lstrip().lower()
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError,
+            KeyError, AttributeError) as error:
+      start = storage.read(place, 0, 64) if self._url else b""
+      if not self._url:
+        with open(path, "rb") as file:
+          start = file.read(64)
+      start = start.lstrip().lower()
       hint = "download it again"
       if start.startswith(b"version https://git-lfs"):
         hint = "this is a git-lfs pointer: run `git lfs pull`"
@@ -229,5 +328,5 @@ class Shards:
         hint = "this is a web page, not weights: " + hint
       raise errors.ModelDirError(
           "hf.safetensors", f"a weights file is damaged: {error}",
-          where=str(path), hint=hint,
+          where=place, hint=hint,
       ) from None

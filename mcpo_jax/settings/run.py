@@ -138,7 +138,8 @@ def check_texts(config) -> list[errors.McpoError]:
         "config.type", "not a date", where="tokenizer.date",
         got=tokenizer["date"], want="YYYY-MM-DD"))
   path = config["reference"]["path"]
-  if path is not None and _is_local(path) and not os.path.isdir(path):
+  if path is not None and "://" not in path and _is_local(path) and (
+      not os.path.isdir(path)):
     found.append(errors.ConfigError(
         "config.reference", "no such folder", where="reference.path", got=path))
   return found

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mcpo_jax import errors, settings, user_code
+from mcpo_jax import errors, settings, storage, user_code
 from mcpo_jax.data import files
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.data import tokenizer as tokenizer_lib
@@ -59,7 +59,8 @@ def check_reward(config: dict[str, Any]) -> None:
     if member != "reward_model":
       rewards.load_reward(member, **options)
     elif "reward_model" not in config["stages"] and not (
-        os.path.isdir(options["path"]) or files.is_hub_name(options["path"])):
+        os.path.isdir(options["path"]) or storage.is_url(options["path"])
+        or files.is_hub_name(options["path"])):
       raise errors.ConfigError(
           "reward.path", "no such folder", where="reward.path",
           got=options["path"])

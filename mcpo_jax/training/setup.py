@@ -94,11 +94,12 @@ def open_run(
       or (workdir if hosts.count() > 1 else pathlib.Path.home())
       / ".cache" / "mcpo_jax")
   cache.mkdir(parents=True, exist_ok=True)
+  storage.set_cache(cache)
   if hosts.count() > 1:
     find_disks(config, workdir, cache)
   if hosts.apart() and not hosts.is_first():
     claim(config, workdir)
-  for part in ("data", "starts", "reference"):
+  for part in ("data", "models", "objects", "reference", "starts"):
     commit.sweep(cache / part)
   keep_programs(cache)
   check_devices()
@@ -170,7 +171,8 @@ def resolve_once(
     config: dict[str, Any], workdir: pathlib.Path, path: str,
     revision: str | None,
 ) -> pathlib.Path:
-  """The folder of a model; of a hub name always the commit of the first time.
+  """The folder of a model; of a hub name always the commit of the first time,
+  of an object store what lay there then.
 
   The commit stands in <workdir>/revisions.json, and with a mirror in the store,
   so that a restart takes the same weights though the branch has moved.
@@ -357,6 +359,8 @@ def open_tokenizer(config, workdir, model_dir) -> tokenizer_lib.Tokenizer:
   path = options["path"]
   if path is None or (model_dir and path == config["model"]["path"]):
     path = model_dir
+  elif storage.is_url(path):
+    path = resolve_once(config, workdir, path, None)
   own = workdir / "tokenizer"
   with hosts.first_goes_ahead("the tokenizer"):
     if path is None and not own.exists():
