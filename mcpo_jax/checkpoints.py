@@ -398,8 +398,11 @@ class Checkpointer:
       CheckpointError: ckpt.none_complete, if steps exist or existed and none
         verifies; ckpt.tree, ckpt.dtype, ckpt.optimizer: see `restore`.
     """
-    skipped = hosts.from_first("checkpoints", self._fetch)
-    for step in reversed(hosts.from_first("checkpoints", self.steps)):
+    here = hosts.from_first("checkpoints", self.steps)
+    there = hosts.from_first("the store's checkpoints", lambda: (
+        storage.steps(self._mirror) if self._mirror else []))
+    skipped = []
+    for step in sorted({*here, *there}, reverse=True):
       try:
         state = self.restore(step, abstract_state)
       except (errors.CheckpointError, errors.NonFiniteError) as e:
@@ -407,7 +410,7 @@ class Checkpointer:
           raise
         logging.warning("checkpoint %d skipped: %s", step, e)
         skipped.append(str(e))
-        if hosts.apart():
+        if step in there:
           self._bad.add(step)
         continue
       self._clear_above(step)
@@ -422,28 +425,44 @@ class Checkpointer:
     self._clear_above(-1)
     return None
 
-  def _fetch(self) -> list[str]:
-    """Takes the newest step from the store, if it is newer than those here;
-    gives what was skipped."""
-    skipped = []
-    if hosts.apart():
-      return skipped  # each process takes what it needs of each step
-    newest = max(self.steps(), default=-1)
-    for step in reversed(storage.steps(self._mirror) if self._mirror else []):
-      if step <= newest:
-        break
-      try:
-        self._pull(step)
-        break
-      except errors.CheckpointError as e:
-        logging.warning("checkpoint %d of the store skipped: %s", step, e)
-        skipped.append(str(e))
-        self._bad.add(step)
-    return skipped
+  def _hold(self, step: int) -> None:
+    """Has the shared disk hold a step that verifies, from the store if need be.
 
-  def _pull(self, step: int) -> None:
-    shutil.rmtree(self._step_folder(step), ignore_errors=True)
-    storage.pull(self._copy_of(step), self._step_folder(step))
+    Raises:
+      CheckpointError: what is wrong with it, with its copy if there is one.
+    """
+    try:
+      self._agree(self._problem(step, *_part()))
+    except errors.CheckpointError as e:
+      if not hosts.from_first("the store's checkpoints", lambda: (
+          self._mirror and step in storage.steps(self._mirror))):
+        raise
+      why = "the disk has none" if e.slug == "ckpt.uncommitted" else e
+      logging.warning(
+          "checkpoint %d is taken from %s: %s", step, self._mirror, why)
+      self._agree(self._pull(step) if hosts.is_first() else None)
+
+  def _pull(self, step: int) -> errors.CheckpointError | None:
+    """Takes a step from the store, in place of the one that is here; what is
+    wrong with it."""
+    folder = self._step_folder(step)
+    self._put_aside(step)
+    try:
+      storage.pull(self._copy_of(step), folder)
+    except errors.CheckpointError as e:
+      return e
+    return self._step_problem(step, commit.read_manifest(folder)["meta"])
+
+  def _put_aside(self, step: int) -> None:
+    """Has the folder of a step out of the way, for nothing is written over one
+    that is there; what was never committed goes."""
+    folder = self._step_folder(step)
+    aside = folder.with_name(f"{step}.damaged")
+    if (folder / commit.MANIFEST).exists():
+      shutil.rmtree(aside, ignore_errors=True)
+      folder.rename(aside)
+    else:  # or its removal was killed
+      shutil.rmtree(folder, ignore_errors=True)
 
   def _bring(
       self, step: int, abstract_state: Any
@@ -487,12 +506,8 @@ class Checkpointer:
         if hosts.apart():  # the store has them
           if other > step:
             shutil.rmtree(folder)
-        elif not (folder / commit.MANIFEST).exists():  # or its removal killed
-          shutil.rmtree(folder)
-        elif other > step:  # orbax writes no step over one that is there
-          aside = folder.with_name(f"{other}.damaged")
-          shutil.rmtree(aside, ignore_errors=True)
-          folder.rename(aside)
+        elif other > step or not (folder / commit.MANIFEST).exists():
+          self._put_aside(other)
 
     def clear_store():
       while self._bad:  # a manifest that is there stops the next save
@@ -503,7 +518,8 @@ class Checkpointer:
     self._manager.reload()
 
   def restore(self, step: int, abstract_state: Any) -> Any:
-    """The verified arrays of one step, in the shapes and shardings asked for.
+    """The verified arrays of one step, in the shapes and shardings asked for;
+    if the disk has none that verifies, those of its copy in the store.
 
     Raises:
       CheckpointError: the step is damaged, see `commit.verify`;
@@ -513,16 +529,10 @@ class Checkpointer:
     """
     self._finish()
     folder = self._step_folder(step)
-
-    def look():
-      if self._mirror and not (folder / commit.MANIFEST).exists():
-        self._pull(step)
-
     if hosts.apart():
       self._agree(self._bring(step, abstract_state))
     else:
-      hosts.from_first("a checkpoint", look)
-      self._agree(self._problem(step, *_part()))
+      self._hold(step)
     self._check_tree(folder, abstract_state)
     state, problem = None, None
     try:

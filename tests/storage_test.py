@@ -155,6 +155,57 @@ def test_a_damaged_copy_is_skipped_for_the_one_before(
   np.testing.assert_array_equal(got["w"], state(1)["w"])
 
 
+def damage_disk(folder, how):
+  """One kind of real damage to a step on the disk."""
+  path = folder / ("manifest.json" if how in ("manifest", "uncommitted")
+                   else "default/w/0.0")
+  content = bytearray(path.read_bytes())
+  content[5] ^= 8
+  if how in ("delete", "uncommitted"):
+    path.unlink()
+  else:
+    path.write_bytes(content[:7] if how == "cut" else content)
+
+
+@pytest.mark.parametrize(
+    "damage", ["flip", "cut", "delete", "manifest", "uncommitted"])
+def test_a_step_damaged_on_the_disk_is_taken_from_the_store(
+    tmp_path, bucket, caplog, damage):
+  save(tmp_path / "a", 1, 2)
+  damage_disk(tmp_path / "a/2", damage)
+  there = {name: file.getvalue() for name, file in bucket.items()}
+  got, meta = restore(tmp_path / "a")
+  assert meta["step"] == 2
+  np.testing.assert_array_equal(got["w"], state(2)["w"])
+  assert "checkpoint 2 is taken from bucket://runs/one/sft" in caplog.text
+  assert {name: file.getvalue() for name, file in bucket.items()} == there
+  assert commit.verify(tmp_path / "a/2", exact=True)["step"] == 2
+  assert (tmp_path / "a/2.damaged").exists() == (damage != "uncommitted")
+  save(tmp_path / "a", 3)
+  assert storage.steps("bucket://runs/one/sft") == [2, 3]
+  assert keeper_of(tmp_path / "a").steps() == [2, 3]
+
+
+def test_a_step_damaged_on_the_disk_and_in_the_store_is_made_again(
+    tmp_path, bucket, caplog):
+  save(tmp_path / "a", 1, 2)
+  damage_disk(tmp_path / "a/2", "flip")
+  fsspec.filesystem("bucket").pipe_file(
+      "/runs/one/sft/2/default/w/0.0", b"cut")
+  got, meta = restore(tmp_path / "a")
+  assert meta["step"] == 1
+  np.testing.assert_array_equal(got["w"], state(1)["w"])
+  assert "ckpt.hash" in caplog.text  # of the disk
+  assert "checkpoint 2 skipped: error[ckpt.missing_data]" in caplog.text
+  keeper = keeper_of(tmp_path / "a")
+  keeper.save(2, state(2), {"run": "by other code"})
+  keeper.close()
+  for folder in ("a", "b"):
+    got, meta = restore(tmp_path / folder)
+    assert (meta["step"], meta["run"]) == (2, "by other code")
+    np.testing.assert_array_equal(got["w"], state(2)["w"])
+
+
 def test_the_store_keeps_what_the_disk_keeps(tmp_path, bucket):
   save(tmp_path / "a", 1, 2, 3)
   assert storage.steps("bucket://runs/one/sft") == [2, 3]
