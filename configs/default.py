@@ -436,13 +436,17 @@ def get_config() -> ml_collections.ConfigDict:
   # --- Reward: scores sampled texts -------------------------------------------
   reward = config.reward = ml_collections.ConfigDict()
   # "slot_coverage", "exact_match" (final answers against the column `answer`),
-  # "length" (tokens), "reward_model", "remote", "judge" (win rates against the
-  # other samples of a prompt), a function of your own ("module:function"), or a
-  # weighted sum ("exact_match,length*-0.01"). None: samples are not scored.
+  # "length" (tokens), "nearest_candidate" (the score of the known completion of
+  # its prompt that a sample is most like), "candidate_margin" (likeness to the
+  # closest good one minus that to the closest bad one), "reward_model",
+  # "remote", "judge" (win rates against the other samples of a prompt), a
+  # function of your own ("module:function"), or a weighted sum
+  # ("exact_match,length*-0.01"). None: samples are not scored.
   reward.name = config_dict.placeholder(str)
   # Pattern file of "slot_coverage". None: not used.
   reward.patterns_path = config_dict.placeholder(str)
-  # Sequence-classification folder of "reward_model", as model.path.
+  # Sequence-classification folder of "reward_model", as model.path; scored
+  # completions of "nearest_candidate" and "candidate_margin", as data.path.
   # None: not used.
   reward.path = config_dict.placeholder(str)
   # Where "remote" posts samples to. None: not used.

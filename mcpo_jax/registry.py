@@ -484,6 +484,12 @@ REWARDS = {
         needs=("patterns_path",)),
     "exact_match": Reward("mcpo_jax.rewards.answers:make_exact_match"),
     "length": Reward("mcpo_jax.rewards.answers:make_length"),
+    "nearest_candidate": Reward(
+        "mcpo_jax.rewards.known_candidates:make_nearest_candidate",
+        needs=("path",)),
+    "candidate_margin": Reward(
+        "mcpo_jax.rewards.known_candidates:make_candidate_margin",
+        needs=("path",)),
     "reward_model": Reward(
         "mcpo_jax.rewards.model:make_reward_model", needs=("path",)),
     "remote": Reward(
