@@ -1,6 +1,7 @@
 """Offline and online rows on true and false answers, compared by what they say.
 
-The rows of `compare_online_protoqa.py` on the data of `compare_truthfulqa.py`. A
+Data, start and updates of `compare_truthfulqa.py`, rows as in
+`compare_online_protoqa.py`; OnMC-PO draws 8 answers to 64 questions a round. A
 sample is scored by the words that it shares with the closest true answer minus
 those that it shares with the closest false one (`candidate_margin`), which no
 person has looked at. A model trained here must not be evaluated on TruthfulQA:
@@ -27,5 +28,13 @@ def get_config() -> ml_collections.ConfigDict:
   config.reward.name = "candidate_margin"
   config.reward.path = config.data.path
   config.generation.num_samples = 4
-  config.compare = compare_online_protoqa.get_config().compare
+
+  config.compare.metric = "score/aligned"
+  config.compare.rows = (
+      *compare_online_protoqa.OFFLINE,
+      "OnMC-PO | online.enabled=True",
+      "OnMC-PO, half offline | online.enabled=True online.online_fraction=0.5",
+  )
+  config.compare.reference = "MC-PO, tau 1"
+  config.compare.seeds = (0, 1, 2)
   return config

@@ -4,12 +4,14 @@ A 0.4M-parameter decoder imitates the most frequent answer of each question for
 a few epochs (longer, and it knows its questions by heart), then learns from the
 shares of people who gave each answer. All rows and seeds have one start. Rows
 differ from DPO with a random negative in the law of the negative or in the
-objective alone; what is compared is how often the most frequent answer of a
-held-out question gets a higher reward than one that fewer people gave.
+objective alone, and OnMC-PO in that it learns from answers of its own, see
+`compare_online_protoqa.py`; what is compared is how often the most frequent
+answer of a held-out question gets a higher reward than one that fewer people
+gave.
 
 Data: kwise/protoqa of the project's data folder, expected beside the checkout;
-elsewhere, give data.path and sft.data_path. Hardware: 2 CPU cores, 4 GB; a run
-takes under a minute. Commands:
+elsewhere, give data.path and sft.data_path, and OnMC-PO's row its reward.path.
+Hardware: 2 CPU cores, 4 GB; a run takes under a minute. Commands:
 
   python -m mcpo_jax train --config=configs/compare_protoqa.py \
       --config.stages=sft --workdir=runs/protoqa_start
@@ -23,6 +25,19 @@ import ml_collections
 from configs import default
 
 _DATA = "../shared/data/kwise/protoqa.train.jsonl.gz"
+ONLINE = ("online.enabled=True online.prompts_per_round=352"
+          " online.num_candidates=32")
+ROWS = (
+    "DPO, random negative | objective.name=dpo kernel.strategy=random",
+    "DPO, worst negative | objective.name=dpo",
+    "MC-PO, tau 1",
+    "MC-PO, tau 1/3 | kernel.temperature=0.333333",
+    "MC-PO, largest weight | kernel.strategy=max",
+    "MC-PO, smallest weight | kernel.strategy=min",
+    "RNCE, all negatives | objective.name=rnce",
+    "SimPO | objective.name=simpo objective.beta=2.0",
+    "SFT continued | objective.name=sft",
+)
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -52,15 +67,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.compare.metric = "eval/accuracy"
   config.compare.rows = (
-      "DPO, random negative | objective.name=dpo kernel.strategy=random",
-      "DPO, worst negative | objective.name=dpo",
-      "MC-PO, tau 1",
-      "MC-PO, tau 1/3 | kernel.temperature=0.333333",
-      "MC-PO, largest weight | kernel.strategy=max",
-      "MC-PO, smallest weight | kernel.strategy=min",
-      "RNCE, all negatives | objective.name=rnce",
-      "SimPO | objective.name=simpo objective.beta=2.0",
-      "SFT continued | objective.name=sft",
+      *ROWS,
+      f"OnMC-PO | {ONLINE} reward.name=nearest_candidate reward.path={_DATA}",
   )
   config.compare.reference = "DPO, random negative"
   config.compare.seeds = (0, 1, 2, 3, 4)

@@ -19,6 +19,8 @@ ROWS = [
      "completions": ["Nothing happens to you", "You digest the seeds.",
                      "You get sick.", "I have no comment.", "It depends"]},
     {"prompt": "tied", "scores": [0.5, 0.5], "completions": ["yes", "no"]},
+    {"prompt": "Name a letter.", "scores": [0.6, 0.1],
+     "completions": ["A", "B"]},
 ]
 
 
@@ -47,6 +49,11 @@ def scores_of(name, path, prompt, texts):
 ])
 def test_a_text_has_the_score_of_what_it_is_like(path, text, score):
   assert scores_of("nearest_candidate", path, PIANO, [text]) == [score]
+
+
+def test_an_article_alone_is_a_word(path):
+  got = scores_of("nearest_candidate", path, "Name a letter.", ["a.", "the b"])
+  np.testing.assert_array_equal(got, [0.6, 0.1])
 
 
 @pytest.mark.parametrize("text, score", [
