@@ -51,7 +51,8 @@ def start(place, flags, *, processes=2, fault="", devices=1):
   started = []
   for i in range(processes):
     env = run_cases.environment(
-        place / str(i) / "cache", MCPO_BUCKET=str(place / "bucket"))
+        place / str(i) / "cache", MCPO_BUCKET=str(place / "bucket"),
+        MCPO_READS=str(place / f"{i}.reads"))
     env["PYTHONPATH"] = f"{site}:{TESTS}:{env['PYTHONPATH']}"
     env["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={devices}"
     if processes > 1:

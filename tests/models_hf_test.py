@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -104,25 +103,36 @@ def test_weights_go_straight_into_their_shards(folder):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-def test_no_more_is_read_than_the_devices_hold(folder, monkeypatch):
-  mesh = sharding.make_mesh(data=2, fsdp=2, tensor=2)
+@pytest.mark.parametrize("alone, data, fsdp, context, dtype", [
+    (True, 2, 2, 1, "float32"),
+    (False, 2, 2, 1, "float32"),  # as if each device were a process
+    (False, 1, 2, 2, "bfloat16"),
+    (False, 1, 8, 1, "float32"),
+])
+def test_every_row_is_read_once_and_by_one_device(
+    folder, monkeypatch, alone, data, fsdp, context, dtype):
+  mesh = sharding.make_mesh(data=data, fsdp=fsdp, context=context, tensor=-1)
   shardings = sharding.infer_shardings(
       decoder.param_shapes(CONFIG), decoder.PARAM_RULES, mesh
   )
-  read, sizes = shards.Shards.read, {}
+  read, seen = shards.Shards.read, {}
 
   def note(self, name, index):
     array = read(self, name, index)
-    sizes.setdefault(name, []).append(array.size)
+    rows, = index
+    seen.setdefault(name, []).append(range(rows.start, rows.stop))
     return array
 
   monkeypatch.setattr(shards.Shards, "read", note)
-  hf.load_params(folder, CONFIG, shardings=shardings)
+  monkeypatch.setattr(hf, "_alone", lambda placed: alone)
+  params = hf.load_params(folder, CONFIG, shardings=shardings, dtype=dtype)
+  assert jax.tree.map(lambda x: x.sharding, params) == shardings
+  jax.tree.map(np.testing.assert_array_equal, params, make_params(dtype))
   for name, shape in shards.Shards(folder).shapes.items():
-    parts = 4 if len(shape) == 2 else len(sizes[name])
-    assert parts in (1, 2, 4)
-    # each of them once, though two devices have it
-    assert sizes[name] == [math.prod(shape) // parts] * parts
+    read_rows = sorted(row for rows in seen[name] for row in rows)
+    assert read_rows == list(range(shape[0]))
+    if not alone and len(shape) == 2:  # no device has many more than its share
+      assert max(map(len, seen[name])) <= shape[0] // 8 + 1
 
 
 def test_a_file_is_never_whole_in_memory(tmp_path):

@@ -1,12 +1,17 @@
-"""Runs whose model lies in an object store: real command lines, against the
+"""A run whose model lies in an object store: real command lines, against the
 same run from folders."""
 
+import math
 import shutil
 
-import pytest
+import jax
 import run_cases
 import safetensors.numpy
-from disks_test import finish, said, start
+from disks_test import finish, start
+
+from mcpo_jax.data import tokenizer as tokenizer_lib
+from mcpo_jax.models import config as config_lib
+from mcpo_jax.models import decoder, hf, shards
 
 FLAGS = [
     "--config.stages=sft", "--config.sft.num_steps=2",
@@ -16,34 +21,52 @@ FLAGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """A folder with a model and data, and the run `local` from them."""
-  folder = tmp_path_factory.mktemp("remote")
-  data = run_cases.write_data(folder / "data")
-  made = folder / "made"
-  finish(made, start(made, [*data, *FLAGS, "--config.model.num_layers=3"],
-                     processes=1), 0)
-  shutil.copytree(made / "0/sft/model", folder / "model")
-  flags = [*FLAGS, f"--config.model.path={folder / 'model'}"]
-  finish(folder / "local", start(folder / "local", [*data, *flags],
-                                 processes=1, devices=2), 0)
-  return folder
+def make_model(folder):
+  """A folder with random weights in two files and a tokenizer."""
+  tokenizer_lib.train_tokenizer(
+      [f"the {thing} is {colour}" for thing in run_cases.THINGS
+       for colour in run_cases.COLOURS], vocab_size=300,
+      out_dir=folder / "tokenizer")
+  tokenizer = tokenizer_lib.load_tokenizer(folder / "tokenizer")
+  config = config_lib.from_hf({
+      "model_type": "qwen2", "vocab_size": 304, "hidden_size": 24,
+      "intermediate_size": 40, "num_hidden_layers": 3,
+      "num_attention_heads": 4, "num_key_value_heads": 2,
+      "max_position_embeddings": 256, "bos_token_id": tokenizer.bos_id,
+      "eos_token_id": list(tokenizer.stop_ids),
+      "pad_token_id": tokenizer.pad_id})
+  hf.save_params(
+      folder / "model", decoder.init_params(jax.random.key(1), config), config,
+      tokenizer_dir=folder / "tokenizer", max_shard_bytes=50_000)
 
 
-def weights(place, process=0):
-  return safetensors.numpy.load_file(
-      place / f"{process}/sft/model/model.safetensors")
-
-
-def test_a_run_from_a_bucket_is_the_run_from_folders(runs):
-  place = runs / "remote"
-  shutil.copytree(runs / "model", place / "bucket/models/one")
-  flags = [*FLAGS, "--config.model.path=pail://models/one"]
-  data = run_cases.write_data(runs / "data")
-  finish(place, start(place, [*data, *flags], processes=1, devices=2), 0)
-  want, got = weights(runs / "local"), weights(place)
-  assert want.keys() == got.keys()
-  for name, array in want.items():
-    assert (got[name] == array).all(), name
-  assert said(place, 0)
+def test_two_processes_read_half_of_a_model_each_and_no_run_differs(tmp_path):
+  make_model(tmp_path)
+  data, model = run_cases.write_data(tmp_path / "data"), tmp_path / "model"
+  one, two = tmp_path / "one", tmp_path / "two"
+  alone = start(
+      one, [*data, *FLAGS, f"--config.model.path={model}"], processes=1,
+      devices=2)
+  shutil.copytree(model, two / "bucket/models/one")
+  both = start(
+      two, [*data, *FLAGS, "--config.model.path=pail://models/one",
+            "--config.checkpoint.mirror=pail://run"])
+  finish(one, alone, 0)
+  finish(two, both, 0)
+  weights = [safetensors.numpy.load_file(x / "sft/model/model.safetensors")
+             for x in (one / "0", two / "0", two / "1")]
+  for name, array in weights[0].items():
+    for other in weights[1:]:
+      assert (other[name] == array).all(), name
+  shapes = shards.Shards(model).shapes.values()
+  files = sorted(path.name for path in model.glob("*.safetensors"))
+  assert len(files) > 2 and not list(two.glob("?/cache/**/model-*.safetensors"))
+  headers = sum(8 + int.from_bytes((model / x).read_bytes()[:8], "little")
+                for x in files)
+  split = [4 * math.prod(x) for x in shapes if len(x) == 2]
+  whole = [4 * math.prod(x) for x in shapes if len(x) == 1]
+  for i in range(2):
+    lines = (two / f"{i}.reads").read_text().splitlines()
+    read = [int(line.split()[1]) for line in lines if line.split()[0] in files]
+    # Twice: for the hash of the start, and to train.
+    assert sum(read) == 2 * (sum(split) // 2 + sum(whole) + headers)

@@ -1,23 +1,27 @@
 """Hugging Face folders: read them, write them; hub.py finds them.
 
-Weights go from file to device shard by shard, one parameter after the other,
-and back tensor by tensor, so no host holds the whole model. The names of the
-tensors are a table.
+Weights go from file to device one parameter after the other, of several
+processes each reads its part, and back tensor by tensor, so no host holds the
+whole model. The names of the tensors are a table.
 """
 
+import concurrent.futures
 import hashlib
+import itertools
 import json
 import logging
 import math
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from mcpo_jax import commit, errors, hosts, sharding
 from mcpo_jax.models import config as config_lib
@@ -77,6 +81,9 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+
+_THREADS = 16  # that read, and how much each at once
+_PIECE_BYTES = 4 * 2**20
 
 resolve_model = hub.resolve_model
 
@@ -173,6 +180,8 @@ def load_params(
 ) -> Params:
   """Reads the weights straight into the shards of each device.
 
+  Every tensor is read once by all processes together; small ones by each.
+
   Args:
     path: a folder with safetensors, one file or many with an index.
     config: from load_config.
@@ -194,40 +203,108 @@ def load_params(
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: one, shapes)
 
-  def load(path, shape, placed):
-    names, transposed = tensors_of(sharding.path_name(path), config)
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
 
-    def read_one(name, index):
-      if transposed:
-        return shards.read(name, index[::-1]).T.astype(shape.dtype)
-      return shards.read(name, index).astype(shape.dtype)
+    def load(path, shape, placed):
+      names, transposed = tensors_of(sharding.path_name(path), config)
+      fill = lambda out, first: _fill(
+          out if _stacked(path) else out[None], shards, names, first, pool)
+      if _alone(placed) or len(shards.shapes[names[0]]) == 1:
+        whole = np.empty(shape.shape, shape.dtype)
+        fill(whole.swapaxes(-1, -2) if transposed else whole, 0)
+        array = jax.make_array_from_callback(
+            shape.shape, placed, whole.__getitem__)
+      else:
+        array = _by_rows(shape, placed, transposed, fill)
+      # Ready before the next is read: a transfer keeps what it reads from.
+      return jax.block_until_ready(array)
 
-    def read(index):
-      if not _stacked(path):
-        return read_one(names[0], index)
-      chosen, sizes = names[index[0]], [
-          len(range(*cut.indices(size)))
-          for cut, size in zip(index[1:], shape.shape[1:])]
-      out = np.empty((len(chosen), *sizes), shape.dtype)
-      for layer, name in enumerate(chosen):
-        out[layer] = read_one(name, index[1:])
-      return out
-
-    seen = {}  # devices of one data axis have the same slices
-
-    def once(index):
-      key = str(index)
-      if key not in seen:
-        seen[key] = read(index)
-      return seen[key]
-
-    # Ready before the next is read: a transfer keeps what it reads from.
-    return jax.block_until_ready(
-        jax.make_array_from_callback(shape.shape, placed, once))
-
-  params = jax.tree_util.tree_map_with_path(load, shapes, shardings)
+    params = jax.tree_util.tree_map_with_path(load, shapes, shardings)
   shards.check_unchanged()
   return params
+
+
+def _alone(placed: jax.sharding.Sharding) -> bool:
+  """Whether this process has all the devices of an array."""
+  return placed.is_fully_addressable
+
+
+def _fill(
+    out: np.ndarray, shards: Shards, names: list[str], first: int,
+    pool: concurrent.futures.Executor,
+) -> None:
+  """Reads the same rows of some tensors, in pieces side by side.
+
+  Args:
+    out: [len(names), rows, ...], of any dtype and strides.
+    shards: where they are.
+    names: of the tensors.
+    first: the first row.
+    pool: of the threads that read.
+  """
+  rows = out.shape[1]
+  step = max(1, _PIECE_BYTES // (math.prod(out.shape[2:]) * out.itemsize))
+
+  def one(piece):
+    number, start = piece
+    stop = min(start + step, rows)
+    out[number, start:stop] = shards.read(
+        names[number], (slice(first + start, first + stop),))
+
+  for _ in pool.map(one, itertools.product(
+      range(len(names)), range(0, rows, step))):
+    pass
+
+
+def _by_rows(
+    shape: jax.ShapeDtypeStruct, placed: NamedSharding, transposed: bool,
+    fill: Callable[[np.ndarray, int], None],
+) -> jax.Array:
+  """A parameter of which each device reads as many rows as the others.
+
+  A cut through the columns of what is stored would have every process read all
+  of it. So rows are cut, over all devices, and these exchange what they need.
+
+  Args:
+    shape: [..., rows, columns] of the parameter, or if `transposed` [...,
+      columns, rows].
+    placed: where its parts belong.
+    transposed: whether its tensors are stored the other way round.
+    fill: (array [..., n, columns], first) reads the n rows from the first on.
+  """
+  mesh, *lead = placed.mesh, *shape.shape[:-2]
+  spec = (*placed.spec, *[None] * len(shape.shape))[:len(shape.shape)]
+  entries = [() if e is None else (e,) if isinstance(e, str) else e
+             for e in spec[-2:]]
+  ends = [*zip(shape.shape[-2:], entries)]
+  (rows, own), (columns, other) = ends[::-1] if transposed else ends
+  rest = tuple(a for a in mesh.axis_names if a not in (*own, *other))
+  # The blocks of rows that stay together, each filled up to be divisible.
+  blocks = math.prod(mesh.shape[a] for a in own)
+  block, readers = rows // blocks, mesh.size // blocks
+  padded = -(-block // readers) * readers
+
+  def read(index):
+    start, stop, _ = index[-2].indices(blocks * padded)
+    number, first = divmod(start, padded)
+    last = min(first + stop - start, block)
+    out = np.zeros((*lead, stop - start, columns), shape.dtype)
+    if first < last:
+      fill(out[..., :last - first, :], number * block + first)
+    return out
+
+  def turn(x):  # of one device
+    x = jax.lax.all_gather(x, rest, axis=x.ndim - 2, tiled=True)
+    x = jax.lax.all_to_all(x, other, x.ndim - 1, x.ndim - 2, tiled=True)
+    x = x[..., :block, :]
+    return x.swapaxes(-1, -2) if transposed else x
+
+  split = P(*[None] * len(lead), (*own, *other, *rest), None)
+  stored = jax.make_array_from_callback(
+      (*lead, blocks * padded, columns), NamedSharding(mesh, split), read)
+  return jax.jit(
+      jax.shard_map(turn, mesh=mesh, in_specs=split, out_specs=placed.spec,
+                    check_vma=False), out_shardings=placed)(stored)
 
 
 def _stacked(path: tuple) -> bool:
@@ -297,7 +374,8 @@ def _check_tied(shards: Shards, embedding: str, head: str) -> None:
   """A head that is stored beside the flag that ties it must be the same."""
   same = shards.shapes[head] == shards.shapes[embedding]
   total = shards.shapes[embedding][0]
-  for start in range(0, total if same else 0, 4096):
+  own = range(4096 * hosts.index(), total, 4096 * hosts.count())
+  for start in own if same else ():
     rows = (slice(start, min(start + 4096, total)), slice(None))
     one, other = shards.read(head, rows), shards.read(embedding, rows)
     same &= np.array_equal(one, other)
