@@ -17,7 +17,7 @@ References:
 
 import collections
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mcpo_jax import errors
@@ -35,10 +35,7 @@ class Known(NamedTuple):
 
 
 def make_nearest_candidate(path: str) -> Reward:
-  """The score of the known completion of its prompt that a text is most like.
-
-  A text that shares half of the words or fewer with all of them has the lowest
-  score of the prompt. Of several that it is equally like, the lowest counts.
+  """`nearest_candidate` with the completions of a file.
 
   Args:
     path: of records with `scores`, as data.path.
@@ -47,37 +44,46 @@ def make_nearest_candidate(path: str) -> Reward:
     DataError: from reading the file; data.field_missing, a record has no
       scores.
   """
-
-  def nearest(text, known):
-    best, score = max((likeness(text, k.words), -k.score) for k in known)
-    return -score if best > 0.5 else min(k.score for k in known)
-
-  return _reward(path, nearest, "nearest_candidate")
+  return _reward(path, nearest_candidate)
 
 
 def make_candidate_margin(path: str) -> Reward:
-  """Likeness to the closest good completion of its prompt minus that to the
-  closest bad one, as TruthfulQA's metrics of generated answers have it.
+  """`candidate_margin` with the completions of a file; as
+  `make_nearest_candidate`."""
+  return _reward(path, candidate_margin)
+
+
+def nearest_candidate(
+    words: collections.Counter, known: Sequence[Known]
+) -> float:
+  """The score of the known completion that a text is most like.
+
+  A text that shares half of the words or fewer with all of them has the lowest
+  score. Of several that it is equally like, the lowest counts.
+  """
+  best, score = max((likeness(words, k.words), -k.score) for k in known)
+  return -score if best > 0.5 else min(k.score for k in known)
+
+
+def candidate_margin(
+    words: collections.Counter, known: Sequence[Known]
+) -> float:
+  """Likeness to the closest good completion minus that to the closest bad one,
+  as TruthfulQA's metrics of generated answers have it.
 
   Good and bad are those that score above and below the middle between the
-  prompt's lowest and highest score; those in the middle are neither. In
-  [-1, 1]. A text without words has 0, and so has one that is like none.
-
-  Args, Raises: as of `make_nearest_candidate`.
+  lowest and the highest score; those in the middle are neither. In [-1, 1]. A
+  text without words has 0, and so has one that is like none.
 
   References:
     Lin et al. 2021, https://arxiv.org/abs/2109.07958, section 3.2.
   """
-
-  def margin(text, known):
-    scores = [k.score for k in known]
-    middle = (min(scores) + max(scores)) / 2
-    closest = lambda group: max(
-        (likeness(text, k.words) for k in group), default=0.0)
-    return closest(k for k in known if k.score > middle) - closest(
-        k for k in known if k.score < middle)
-
-  return _reward(path, margin, "candidate_margin")
+  scores = [k.score for k in known]
+  middle = (min(scores) + max(scores)) / 2
+  closest = lambda group: max(
+      (likeness(words, k.words) for k in group), default=0.0)
+  return closest(k for k in known if k.score > middle) - closest(
+      k for k in known if k.score < middle)
 
 
 def words_of(text: str) -> collections.Counter:
@@ -97,8 +103,7 @@ def likeness(a: collections.Counter, b: collections.Counter) -> float:
 
 
 def _reward(
-    path: str, rule: Callable[[collections.Counter, list[Known]], float],
-    name: str,
+    path: str, rule: Callable[[collections.Counter, Sequence[Known]], float]
 ) -> Reward:
   """The rule, for completions of prompts that the file has."""
   known = _read(path)
@@ -116,7 +121,7 @@ def _reward(
       scores.append(rule(words_of(text), mine))
     return scores
 
-  reward.__name__ = name
+  reward.__name__ = rule.__name__
   return reward
 
 
