@@ -147,10 +147,12 @@ def get_config() -> ml_collections.ConfigDict:
 
   # --- Data of the preference stage -------------------------------------------
   data = config.data = ml_collections.ConfigDict()
-  # Training records: a file (.jsonl, .jsonl.gz, .parquet), a pattern, a folder,
-  # the hub name of a `datasets` set, or "embedded:quickstart/train"; or several
-  # with commas between, each taken *weight times: "a.jsonl*2.5,b.jsonl" takes
-  # rows of a two or three times, of b once. Required.
+  # Training records: a file (.jsonl, .jsonl.gz, .parquet) or a pattern, both
+  # also in an object store (gs://bucket/*.jsonl, fetched once into the cache),
+  # the folder or hub name of a `datasets` set, or "embedded:quickstart/train";
+  # or several with commas between, each taken *weight times:
+  # "a.jsonl*2.5,b.jsonl" takes rows of a two or three times, of b once.
+  # Required.
   data.path = config_dict.placeholder(str)
   # Records of prompts that are never trained on, named as in path.
   # None: eval_fraction of path.

@@ -7,9 +7,11 @@ of others, weights and data, are told by their size and version.
 """
 
 import concurrent.futures
+import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -119,6 +121,30 @@ def get_file(url: str) -> bytes | None:
   return _ask(url, work)
 
 
+def _look(store: Any, place: str) -> Found | None:
+  """What lies at a place; None if that is no object."""
+  told = store.info(place)
+  version = next((str(told[key]) for key in _VERSIONS if told.get(key)), "")
+  return Found(store.unstrip_protocol(place), told["size"], version) if (
+      told["type"] == "file") else None
+
+
+def look(url: str) -> Found | None:
+  """An object as it is now; None if there is none.
+
+  Raises:
+    ResourceError: ckpt.store.
+  """
+
+  def work(store, place):
+    try:
+      return _look(store, place)
+    except FileNotFoundError:
+      return None
+
+  return _ask(url, work)
+
+
 def find(url: str) -> list[Found]:
   """The objects that a URL or a pattern names, sorted.
 
@@ -127,17 +153,11 @@ def find(url: str) -> list[Found]:
   """
 
   def work(store, place):
-
-    def look(name):
-      info = store.info(name)
-      version = next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
-      return info["type"], Found(
-          store.unstrip_protocol(name), info["size"], version)
-
     try:
       names = sorted(store.glob(place))
       with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
-        return [one for kind, one in pool.map(look, names) if kind == "file"]
+        return list(filter(None, pool.map(
+            lambda name: _look(store, name), names)))
     except FileNotFoundError:  # no such bucket
       return []
 
@@ -151,6 +171,25 @@ def read(url: str, start: int, stop: int) -> bytes:
     ResourceError: ckpt.store.
   """
   return _ask(url, lambda store, place: store.cat_file(place, start, stop))
+
+
+def copies_of(found: list[Found]) -> list[pathlib.Path]:
+  """Objects as files of the cache, fetched if they are not there yet.
+
+  Raises: as `fetch`.
+  """
+
+  def one(entry):
+    key = hashlib.sha256(json.dumps(entry).encode()).hexdigest()[:24]
+    names = [name for name in re.split("[:/]+", entry.url)
+             if name not in ("", ".", "..")]
+    path = cache().joinpath("objects", key, *names)
+    if not path.is_file() or path.stat().st_size != entry.bytes:
+      fetch(entry, path)
+    return path
+
+  with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+    return list(pool.map(one, found))
 
 
 def fetch(found: Found, path: pathlib.Path) -> None:
@@ -174,10 +213,13 @@ def fetch(found: Found, path: pathlib.Path) -> None:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     _ask(found.url, work)
-    if temporary.stat().st_size != found.bytes or find(found.url) != [found]:
+    size = temporary.stat().st_size
+    if size != found.bytes or look(found.url) != found:
       raise errors.DataError(
           "data.changed", "the file changed while it was read",
-          where=found.url, hint="start again when nobody writes to it")
+          where=found.url, got=f"{size} bytes", want=f"{found.bytes} bytes, "
+          f"version {found.version}",
+          hint="start again when nobody writes to it")
     commit.sync(temporary)
     os.replace(temporary, path)
     commit.sync(path.parent)

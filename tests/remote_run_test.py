@@ -1,5 +1,5 @@
-"""A run whose model lies in an object store: real command lines, against the
-same run from folders."""
+"""A run whose model and data lie in an object store: real command lines,
+against the same run from folders."""
 
 import math
 import shutil
@@ -48,8 +48,11 @@ def test_two_processes_read_half_of_a_model_each_and_no_run_differs(tmp_path):
       one, [*data, *FLAGS, f"--config.model.path={model}"], processes=1,
       devices=2)
   shutil.copytree(model, two / "bucket/models/one")
+  shutil.copytree(tmp_path / "data", two / "bucket/data")
   both = start(
-      two, [*data, *FLAGS, "--config.model.path=pail://models/one",
+      two, [*FLAGS, "--config.model.path=pail://models/one",
+            "--config.data.path=pail://data/kwise.jsonl",
+            "--config.sft.data_path=pail://data/s*.jsonl",
             "--config.checkpoint.mirror=pail://run"])
   finish(one, alone, 0)
   finish(two, both, 0)
@@ -70,3 +73,5 @@ def test_two_processes_read_half_of_a_model_each_and_no_run_differs(tmp_path):
     read = [int(line.split()[1]) for line in lines if line.split()[0] in files]
     # Twice: for the hash of the start, and to train.
     assert sum(read) == 2 * (sum(split) // 2 + sum(whole) + headers)
+    assert [x for x in lines if "sft.jsonl" in x] == [
+        f"sft.jsonl {(tmp_path / 'data/sft.jsonl').stat().st_size}"]

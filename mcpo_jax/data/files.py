@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from mcpo_jax import errors
+from mcpo_jax import errors, storage
 
 MAX_LINE_BYTES = 64 * 2**20
 MAX_DEPTH = 64
@@ -46,12 +46,33 @@ def is_hub_name(path: str) -> bool:
   )
 
 
+def find(path: str) -> list[storage.Found]:
+  """The objects that a URL or a pattern of a store names, sorted.
+
+  Raises:
+    DataError: data.no_files. ResourceError: ckpt.store.
+  """
+  found = storage.find(path)
+  if not found:
+    raise errors.DataError(
+        "data.no_files", "no such object, and the pattern matches nothing",
+        where=path, hint="check the URL; patterns such as gs://bucket/*.jsonl "
+        "work, a folder needs one")
+  return found
+
+
 def expand(path: str) -> list[pathlib.Path]:
   """The files that a path or a pattern names, sorted.
 
+  Objects of a store are files of the cache, which fetches each version once.
+
   Raises:
-    DataError: data.no_files, data.unreadable.
+    DataError: data.no_files, data.unreadable; data.changed, an object while it
+      was fetched.
+    ResourceError: ckpt.store, ckpt.disk_full.
   """
+  if storage.is_url(path):
+    return storage.copies_of(find(path))
   found = [path] if os.path.exists(path) else sorted(
       glob.glob(path, recursive=True))
   files = [pathlib.Path(p) for p in found]
@@ -79,8 +100,8 @@ def read_rows(
   """Streams the rows of all files that `path` names.
 
   Args:
-    path: a file, a pattern, a folder written by `datasets`, or a hub name
-      "owner/name" or "owner/name:split".
+    path: a file, a pattern, both also in a store, a folder written by
+      `datasets`, or a hub name "owner/name" or "owner/name:split".
     revision: of a hub name; a branch, tag or commit.
     counts: grows by "blank_lines", "bom" and "crlf_lines".
 

@@ -282,8 +282,8 @@ class Shards:
       ModelDirError: `hf.changed`.
     """
     for name in self._files if self._url else ():
-      now = [[x.bytes, x.version] for x in storage.find(self._place(name))]
-      if now != [self._sizes[name]]:
+      now = storage.look(self._place(name))
+      if not now or [now.bytes, now.version] != self._sizes[name]:
         raise errors.ModelDirError(
             "hf.changed", "a weights file changed while it was read",
             where=self._place(name),

@@ -407,12 +407,14 @@ def check_sources(config: dict[str, Any]) -> None:
   """Looks for the files of every stage before the first one begins.
 
   Raises:
-    DataError: data.no_files, data.unreadable.
+    DataError: data.no_files, data.unreadable. ResourceError: ckpt.store.
   """
   texts = [path for path, _ in training_sources(config)]
   for text in filter(None, [*texts, config["data"]["eval_path"]]):
     for path, _ in settings.parse_sources(text):
-      if not (path.startswith(records.EMBEDDED) or files.is_hub_name(path)):
+      if storage.is_url(path):
+        files.find(path)
+      elif not (path.startswith(records.EMBEDDED) or files.is_hub_name(path)):
         files.expand(path)
 
 
