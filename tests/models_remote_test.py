@@ -122,6 +122,17 @@ def entry(**changes):
   return header(lambda told, name: told | {name: told[name] | changes})
 
 
+def overlap(place):
+  """One tensor lies where another one does, and its own place is no one's."""
+  edit_weights(place, lambda tensors: None)
+
+  def change(told, name):
+    one, other = (f"model.layers.{i}.input_layernorm.weight" for i in range(2))
+    return told | {one: told[other]}
+
+  header(change)(place)
+
+
 def empty(place):
   shutil.rmtree(place)
 
@@ -148,6 +159,7 @@ DAMAGE = {
     "negative": (entry(shape=[-4, -4]), "hf.safetensors", "pail"),
     "no shape": (entry(shape=None), "hf.safetensors", "pail"),
     "offsets": (entry(data_offsets=[4, 8]), "hf.safetensors", "pail"),
+    "overlap": (overlap, "hf.safetensors", "pail"),
     "dtype": (entry(dtype="I8"), "hf.dtype", "I8"),
     "a lost file": (lambda p: first_shard(p).unlink(), "hf.shard_missing",
                     "pail"),

@@ -5,9 +5,10 @@ import math
 import shutil
 
 import jax
+import pytest
 import run_cases
 import safetensors.numpy
-from disks_test import finish, start
+from disks_test import finish, said, start
 
 from mcpo_jax.data import tokenizer as tokenizer_lib
 from mcpo_jax.models import config as config_lib
@@ -75,3 +76,26 @@ def test_two_processes_read_half_of_a_model_each_and_no_run_differs(tmp_path):
     assert sum(read) == 2 * (sum(split) // 2 + sum(whole) + headers)
     assert [x for x in lines if "sft.jsonl" in x] == [
         f"sft.jsonl {(tmp_path / 'data/sft.jsonl').stat().st_size}"]
+
+
+@pytest.mark.nightly
+def test_what_one_process_finds_in_its_rows_ends_both(tmp_path):
+  make_model(tmp_path)
+  two = tmp_path / "two"
+  model = shutil.copytree(tmp_path / "model", two / "bucket/models/one")
+  (model / "manifest.json").unlink()  # as from elsewhere
+  name = "model.layers.1.mlp.up_proj.weight"
+  path, = (x for x in model.glob("*.safetensors")
+           if name in safetensors.numpy.load_file(x))
+  tensors = safetensors.numpy.load_file(path)
+  tensors[name][-1, 3] = float("nan")
+  safetensors.numpy.save_file(tensors, path)
+  both = start(two, [
+      *run_cases.write_data(tmp_path / "data"), *FLAGS,
+      "--config.model.path=pail://models/one",
+      "--config.checkpoint.mirror=pail://run"])
+  finish(two, both, 4)
+  for i in range(2):
+    assert "error[hf.non_finite]" in said(two, i)
+    assert f"pail://models/one/{path.name}: {name}" in said(two, i)
+  assert not list(two.glob("?/sft/model"))
