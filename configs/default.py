@@ -99,8 +99,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Branch, tag or commit of a hub name; resolved once to a commit hash.
   # None: the main branch.
   model.revision = config_dict.placeholder(str)
-  # Folder of LoRA adapters in PEFT's format, trained on model.path: what is
-  # sampled from, and where training goes on from. None: model.path alone.
+  # Folder, or place in an object store, of LoRA adapters in PEFT's format,
+  # trained on model.path: what is sampled from, and where training goes on
+  # from. None: model.path alone.
   model.adapter_path = config_dict.placeholder(str)
   # Architecture without model.path: "llama", "mistral", "qwen2", "qwen3",
   # "gemma2" or "gemma3_text".

@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 from models_folders import (
   CONFIG,
+  EMBEDDING,
+  ROWS,
   edit_weights,
   export,
   first_shard,
+  index_is,
+  load_adapters,
   make_params,
 )
 
-from mcpo_jax import errors, storage
-from mcpo_jax.models import hf, hub, shards
+from mcpo_jax import commit, errors, storage
+from mcpo_jax.models import hf, hub, lora, peft, shards
 
 URL = "pail://models/one"
 
@@ -177,6 +181,41 @@ def test_damage_in_the_store_is_named(place, name):
   with pytest.raises(errors.ModelDirError) as caught:
     load()
   assert caught.value.slug == slug and word in str(caught.value)
+
+
+@pytest.mark.parametrize("change, slug, named", [
+    row[1:] for row in ROWS if row[2] != "hf.unsafe_path"])
+def test_what_spoils_a_folder_spoils_a_place_in_a_store(
+    place, change, slug, named):
+  change(place)
+  with pytest.raises(errors.ModelDirError) as caught:
+    load()
+  assert caught.value.slug == slug and named in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "in/ner"])
+def test_an_index_in_a_store_leads_nowhere_else(place, name):
+  index_is(lambda weights: weights.update({EMBEDDING: name}))(place)
+  with pytest.raises(errors.ModelDirError) as caught:
+    load()
+  assert caught.value.slug == "hf.unsafe_path"
+
+
+def test_adapters_too(place, tmp_path):
+  params = make_params()
+  adapters = lora.init_adapters(
+      jax.random.key(1), params, rank=3, targets=("q_proj", "down_proj"))
+  peft.save_adapters(place.parent / "two", lora.join(params, lora.join(
+      adapters, lora.scales(adapters, 2.0))), CONFIG, base="one")
+  want = load_adapters(place.parent / "two")
+  equal(load_adapters(hf.resolve_model("pail://models/two")), want)
+  (place.parent / "two" / commit.MANIFEST).unlink()
+  weights = place.parent / "two" / peft.WEIGHTS
+  weights.write_bytes(weights.read_bytes()[:-1])
+  with pytest.raises(errors.ModelDirError) as caught:
+    load_adapters(hf.resolve_model("pail://models/two"))
+  assert caught.value.slug == "hf.safetensors"
+  assert caught.value.where == f"pail://models/two/{peft.WEIGHTS}"
 
 
 def test_an_object_that_changes_between_its_header_and_its_slices(

@@ -5,6 +5,7 @@ what it wrote is read here, as far as it is plain LoRA on the projections that
 `lora` knows: a setting that would change the function is refused.
 """
 
+import concurrent.futures
 import json
 import pathlib
 from typing import Any
@@ -22,6 +23,7 @@ from mcpo_jax.types import Params
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+_THREADS = 16  # that read
 
 # Settings without an effect on the function that is computed.
 _FREE = {
@@ -106,15 +108,16 @@ class Adapters:
 
     def load(path, shape, placed):
       names = _tensors_of(path, config)
-      read = lambda index: np.stack([
-          shards.read(name, index[:0:-1]).T.astype(dtype)
-          for name in names[index[0]]
-      ])
+      read = lambda index: np.stack([*pool.map(
+          lambda name: shards.read(name, index[:0:-1]).T.astype(dtype),
+          names[index[0]])])
       return jax.make_array_from_callback(shape.shape, placed, read)
 
-    adapters = jax.tree_util.tree_map_with_path(
-        load, shapes,
-        sharding.infer_shardings(shapes, parameters.PARAM_RULES, mesh))
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as pool:
+      adapters = jax.tree_util.tree_map_with_path(
+          load, shapes,
+          sharding.infer_shardings(shapes, parameters.PARAM_RULES, mesh))
+    shards.check_unchanged()
     scales = lora.scales(adapters, self.alpha / self.rank)
     return lora.join(adapters, sharding.put_global(
         scales, sharding.replicated(mesh)))

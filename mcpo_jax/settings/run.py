@@ -210,7 +210,7 @@ def resolve_lora(config) -> list[errors.McpoError]:
       refuse("config.missing", "adapters to random weights are of no use",
              "model.path", "a folder, a hub name, or the stage sft")
   if path is not None:
-    if not os.path.isdir(path):
+    if "://" not in path and not os.path.isdir(path):
       refuse("config.missing", "no such folder", "model.adapter_path",
              "a folder in PEFT's format", path)
     if not model["path"]:

@@ -35,7 +35,8 @@ def open_model(
   options = run.config["model"]
   adapters = None
   if options["adapter_path"] and start_dir == run.model_dir:
-    adapters = peft.Adapters(pathlib.Path(options["adapter_path"]))
+    adapters = peft.Adapters(setup.resolve_once(
+        run.config, run.workdir, options["adapter_path"], None))
   if start_dir is not None:
     config = hf.load_config(start_dir)
   else:
