@@ -1,8 +1,12 @@
 """Ragged random batches for the tests of objectives and kernels."""
 
+import hypothesis
 import numpy as np
 
 from mcpo_jax.types import SetBatch
+
+# Of an invariance; a case takes some milliseconds.
+MANY = hypothesis.settings(deadline=None, database=None, max_examples=200)
 
 
 def random_batch(seed, *, num_sets=5, num_slots=4, scale=2.0):

@@ -6,6 +6,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
+import objectives_batches as batches
 import objectives_pair_cases as pair_cases
 import pytest
 from objectives_pair_cases import Case, pair_batch
@@ -13,7 +14,6 @@ from objectives_pair_cases import Case, pair_batch
 from mcpo_jax.objectives import discovered, pairwise
 from mcpo_jax.types import Features
 
-FEW = hypothesis.settings(deadline=None, max_examples=5, database=None)
 BETA = 0.3
 # Small enough that x / 0.05 of a batch of random pairs is of order 1.
 SMALL = 0.02
@@ -180,7 +180,7 @@ def test_extremes_are_finite_in_value_and_gradient(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@FEW
+@batches.MANY
 @hypothesis.given(seed=st.integers(0, 10**6), shift=st.floats(-50, 50))
 def test_invariances(name, seed, shift):
   with jax.enable_x64(True):

@@ -14,7 +14,6 @@ from mcpo_jax.objectives import mixture, pairwise, softmax, supervised
 from mcpo_jax.types import Features
 
 BETA = 0.3
-FEW = hypothesis.settings(deadline=None, max_examples=8, database=None)
 DPO = functools.partial(pairwise.dpo_loss, beta=BETA)
 RNCE = functools.partial(softmax.rnce_loss, beta=BETA)
 SFT = mixture.per_token(supervised.sft_loss)
@@ -144,7 +143,7 @@ def test_statistics_are_of_the_first_that_compares(x64):
       np.testing.assert_array_equal(aux[key], want[key])
 
 
-@FEW
+@batches.MANY
 @hypothesis.given(
     seed=st.integers(0, 10**6), a=st.floats(0.01, 10), b=st.floats(0.01, 10),
     rows=st.permutations(range(5)),

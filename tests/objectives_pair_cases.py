@@ -160,6 +160,6 @@ def check_invariances(case, seed, shift, **more):
   if case.shift_free:
     by_row = shift * np.arange(1.0, 7.0)[:, None]
     losses, grad, _ = case.run(logps + by_row, sets)
-    np.testing.assert_allclose(losses, base, atol=1e-10, rtol=1e-10)
-    np.testing.assert_allclose(grad, base_grad, atol=1e-10, rtol=1e-9)
+    np.testing.assert_allclose(losses, base, atol=1e-12, rtol=1e-12)
+    np.testing.assert_allclose(grad, base_grad, atol=1e-12, rtol=1e-12)
     np.testing.assert_allclose(grad.sum(1), 0.0, atol=1e-12)

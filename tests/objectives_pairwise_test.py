@@ -12,7 +12,6 @@ from objectives_pair_cases import Case, each, pair_batch
 from mcpo_jax.objectives import levels, pairwise, transport
 from mcpo_jax.types import Features
 
-FEW = hypothesis.settings(deadline=None, max_examples=5, database=None)
 BETA = 0.3
 
 
@@ -298,7 +297,7 @@ def test_extremes_are_finite_in_value_and_gradient(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-@FEW
+@batches.MANY
 @hypothesis.given(seed=st.integers(0, 10**6), shift=st.floats(-50, 50))
 def test_invariances(name, seed, shift):
   with jax.enable_x64(True):

@@ -13,8 +13,6 @@ import pytest
 from mcpo_jax.objectives import pairwise, reference_free, supervised
 from mcpo_jax.types import Features
 
-FEW = hypothesis.settings(deadline=None, max_examples=6, database=None)
-
 
 def _sigmoid(x):
   return 1.0 / (1.0 + np.exp(-x))
@@ -288,7 +286,7 @@ def test_log_odds_keep_their_digits(x64):
   )
 
 
-@FEW
+@batches.MANY
 @hypothesis.given(
     seed=st.integers(0, 10**6), rows=st.permutations(range(5)),
     name=st.sampled_from(list(CASES)),

@@ -13,7 +13,6 @@ import pytest
 from mcpo_jax.objectives import pairwise, rounds
 from mcpo_jax.types import Features
 
-FEW = hypothesis.settings(deadline=None, max_examples=6, database=None)
 BETA = 0.3
 
 
@@ -236,7 +235,7 @@ def test_a_pair_without_a_score_is_none_where_scores_matter(name):
       assert aux[key][row] == factor * base_aux[key][row]
 
 
-@FEW
+@batches.MANY
 @hypothesis.given(
     seed=st.integers(0, 10**6), shift=st.floats(-200, 200),
     rows=st.permutations(range(5)), name=st.sampled_from(list(CASES)),
