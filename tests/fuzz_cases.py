@@ -20,10 +20,11 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import models_folders
 
-from mcpo_jax import commit, errors, main, settings
+from mcpo_jax import commit, errors, main, settings, storage
 from mcpo_jax.data import files, readers, templates, tokenizer
 from mcpo_jax.data import store as store_lib
 from mcpo_jax.models import config as config_lib
@@ -285,6 +286,16 @@ def model_folder(rng: Random, folder: pathlib.Path) -> str | None:
   return None
 
 
+def model_in_store(rng: Random, folder: pathlib.Path) -> str | None:
+  """The same at a place in an object store, whose headers we read ourselves."""
+  there = _copied(rng, "model", folder)
+  with mock.patch.object(storage, "_cache", folder / "cache"):
+    copy = hf.resolve_model(f"file://{there}")
+    for name, shape in (opened := shards.Shards(copy)).shapes.items():
+      opened.read(name, (slice(None),) * len(shape))
+  return None
+
+
 def model_config(rng: Random, folder: pathlib.Path) -> str | None:
   """A config.json of any family; what it says must make sense."""
   del folder
@@ -379,8 +390,8 @@ def http_body(rng: Random, folder: pathlib.Path) -> str | None:
 TARGETS: dict[str, Callable[[Random, pathlib.Path], str | None]] = {
     function.__name__: function for function in (
         record_line, record_file, config_typed, config_saved, model_folder,
-        model_config, adapter_folder, tokenizer_folder, chat_template,
-        manifest, http_body)}
+        model_in_store, model_config, adapter_folder, tokenizer_folder,
+        chat_template, manifest, http_body)}
 
 
 def run(name: str, rng: Random) -> str | None:

@@ -16,9 +16,9 @@ from mcpo_jax.data import templates
 
 EXAMPLES = {
     "record_line": 200, "record_file": 60, "config_typed": 150,
-    "config_saved": 200, "model_folder": 100, "model_config": 300,
-    "adapter_folder": 200, "tokenizer_folder": 100, "chat_template": 80,
-    "manifest": 150, "http_body": 300}
+    "config_saved": 200, "model_folder": 100, "model_in_store": 25,
+    "model_config": 300, "adapter_folder": 200, "tokenizer_folder": 100,
+    "chat_template": 80, "manifest": 150, "http_body": 300}
 
 
 @pytest.fixture(autouse=True)

@@ -163,6 +163,12 @@ DAMAGE = {
     "negative": (entry(shape=[-4, -4]), "hf.safetensors", "pail"),
     "no shape": (entry(shape=None), "hf.safetensors", "pail"),
     "offsets": (entry(data_offsets=[4, 8]), "hf.safetensors", "pail"),
+    "fraction": (header(lambda told, name: told | {name: told[name] | {
+        "data_offsets": [float(x) for x in told[name]["data_offsets"]]}}),
+                 "hf.safetensors", "pail"),
+    "deep": (lambda p: first_shard(p).write_bytes(
+        (200_000).to_bytes(8, "little") + b"[" * 200_000), "hf.safetensors",
+             "pail"),
     "overlap": (overlap, "hf.safetensors", "pail"),
     "dtype": (entry(dtype="I8"), "hf.dtype", "I8"),
     "a lost file": (lambda p: first_shard(p).unlink(), "hf.shard_missing",

@@ -166,12 +166,12 @@ class _Remote:
     for name, entry in sorted(
         header.items(), key=lambda item: item[1]["data_offsets"]):
       code, shape = entry["dtype"], entry["shape"]
-      begin, end = (8 + length + x for x in entry["data_offsets"])
-      last = max((t.end for t in self._tensors.values()), default=8 + length)
-      count = math.prod(shape) if all(
-          type(x) is int and x >= 0 for x in shape) else -1
+      last, (begin, end) = end, (8 + length + x for x in entry["data_offsets"])
+      whole = all(type(x) is int and x >= 0
+                  for x in (*shape, *entry["data_offsets"]))
       width = np.dtype(_DTYPES[code]).itemsize if code in _DTYPES else None
-      if begin != last or end < begin or width and end - begin != count * width:
+      if not whole or begin != last or end < begin or (
+          width and end - begin != width * math.prod(shape)):
         raise ValueError(f"{name} has not the bytes that its shape says")
       self._tensors[name] = _Tensor(url, code, shape, begin, end)
     if end != size:
@@ -315,7 +315,7 @@ class Shards:
         return _Remote(place, self._sizes[name][0])
       return safetensors.safe_open(path, framework="numpy")
     except (safetensors.SafetensorError, OSError, ValueError, TypeError,
-            KeyError, AttributeError) as error:
+            KeyError, AttributeError, RecursionError) as error:
       start = storage.read(place, 0, 64) if self._url else b""
       if not self._url:
         with open(path, "rb") as file:
