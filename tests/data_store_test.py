@@ -8,7 +8,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mcpo_jax import errors
+from mcpo_jax import commit, errors, hosts
 from mcpo_jax.data import readers, records, tokenizer
 from mcpo_jax.data import store as store_lib
 
@@ -50,6 +50,31 @@ def same(a, b):
       same(x, y)
     else:
       np.testing.assert_array_equal(x, y)
+
+
+def test_on_a_shared_disk_each_process_hashes_its_share(
+    tok, tmp_path, path, monkeypatch):
+  build(tok, tmp_path, path)
+  folder, = (tmp_path / "cache").iterdir()
+  sha256, hashed = commit.file_sha256, []
+  monkeypatch.setattr(commit, "file_sha256", lambda file: (
+      hashed.append(file) if file.parent == folder else None, sha256(file))[1])
+  seen = []
+  for i in range(3):
+    monkeypatch.setattr(hosts, "_place", hosts.Place(i, 3, None))
+    hashed.clear()
+    build(tok, tmp_path, path)
+    seen.append({file.name for file in hashed})
+  assert seen[0] == {*commit.files_of(folder)}  # the first goes ahead
+  assert seen[1] and seen[2] and not seen[1] & seen[2]
+  assert len(seen[1] | seen[2]) < len(seen[0])
+  hosts.set_apart(True)
+  try:
+    hashed.clear()
+    build(tok, tmp_path, path)
+  finally:
+    hosts.set_apart(False)
+  assert {file.name for file in hashed} == seen[0]
 
 
 def test_sets_hold_what_the_tokenizer_says(tok, tmp_path, path):

@@ -425,11 +425,16 @@ def _load_arrays(folder: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _open(folder: pathlib.Path, key: str) -> Store | None:
-  """The store in a folder, or None if it is not there or damaged."""
+  """The store in a folder, or None if it is not there or damaged.
+
+  On a shared disk the first process has just verified or made it: of the others
+  each hashes a share.
+  """
   if not folder.exists():
     return None
+  part, parts = (0, 1) if hosts.writes() else (hosts.index(), hosts.count())
   try:
-    meta = commit.verify(folder)
+    meta = commit.verify(folder, part=part, parts=parts)
   except errors.CheckpointError as e:
     logging.warning("the tokenised data are made anew: %s", e)
     return None
