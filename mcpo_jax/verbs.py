@@ -32,10 +32,6 @@ def train(
   setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir, profile=profile)
-  pools.check_data(run)
-  writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
-                          wandb=config["log"]["wandb"],
-                          mirror=config["checkpoint"]["mirror"])
   stages = {"sft": sft_stage.run_sft,
             "reward_model": reward_model_stage.run_reward_model,
             "preference": preference_stage.run_preference,
@@ -43,6 +39,10 @@ def train(
             "export": export_stage.run_export}
   summary = {}
   with launches.errors_told(workdir):
+    pools.check_data(run)
+    writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
+                            wandb=config["log"]["wandb"],
+                            mirror=config["checkpoint"]["mirror"])
     for name in config["stages"]:
       logging.info("stage %s", name)
       summary |= stages[name](run, writer)

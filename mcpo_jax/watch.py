@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from mcpo_jax import errors, hosts
@@ -27,6 +27,8 @@ _limits: dict[str, float | None] = {}  # kind -> seconds; None: any number
 _open: dict[int, Phase] = {}
 _numbers = itertools.count()
 _moved = 0.0  # when a phase last began or ended
+_NOTE_SECONDS = 5.0  # that a note may take: the disk may be what hangs
+_note: Callable[[str], None] = lambda text: None
 
 
 def start(
@@ -56,6 +58,17 @@ def phase(kind: str, what: str) -> Iterator[None]:
     _moved = time.monotonic()
 
 
+@contextlib.contextmanager
+def noted(note: Callable[[str], None]) -> Iterator[None]:
+  """Within it `note` is told the error that ends a run that hangs."""
+  global _note
+  before, _note = _note, note
+  try:
+    yield
+  finally:
+    _note = before
+
+
 def _watch() -> None:
   while True:
     now = time.monotonic()
@@ -64,12 +77,15 @@ def _watch() -> None:
     for one in phases:
       limit = _limits[one.kind]
       if limit is not None and now - one.since > limit:
-        hosts.abort(str(errors.ResourceError(
+        text = str(errors.ResourceError(
             "run.hangs", f"process {hosts.index()} hangs", where=one.what,
             got=f"{now - one.since:.0f} s", want=f"at most {limit:g} s",
             hint="below is where each thread stands; if all is well raise " + (
                 "checkpoint.timeout_seconds" if one.kind == "save" else
-                f"watchdog.{one.kind}_seconds"))),
-            errors.ResourceError.exit_code, stacks=True)
+                f"watchdog.{one.kind}_seconds")))
+        noting = threading.Thread(target=_note, args=(text,), daemon=True)
+        noting.start()
+        noting.join(_NOTE_SECONDS)
+        hosts.abort(text, errors.ResourceError.exit_code, stacks=True)
     shortest = min((x for x in _limits.values() if x), default=60.0)
     time.sleep(min(1.0, shortest / 10))

@@ -15,6 +15,7 @@ import run_cases
 import training_cases as cases
 
 from mcpo_jax import errors, main
+from mcpo_jax import replay as replay_lib
 from mcpo_jax.evaluation import report
 from mcpo_jax.training import estimator, loop, metrics, setup
 from mcpo_jax.training import stage as stage_lib
@@ -164,6 +165,16 @@ def test_what_cannot_be_replayed_is_told(tmp_path, lines, slug):
   assert caught.value.slug == f"replay.{slug}"
   assert caught.value.where == str(run / "launches.jsonl")
   assert os.listdir(tmp_path) == ["run"]
+
+
+def test_the_same_error_may_find_something_else():
+  def named(got, where="run/6"):
+    return replay_lib._named(str(errors.ResourceError(
+        "ckpt.disk_full", "the disk is full", where=where, got=got,
+        want="9 bytes", hint="free some space")))
+
+  assert named("3 bytes free") == named("5 bytes free") == named(None)
+  assert named("3 bytes free") != named("3 bytes free", where="run/8")
 
 
 def replay(folder, **extra):

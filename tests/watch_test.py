@@ -54,3 +54,16 @@ def test_what_hangs_ends_with_its_phase_and_its_stack(
 def test_what_is_within_its_limit_or_has_none_goes_on(limits):
   done = run("time.sleep(1.5)", IN_PHASE, **limits)
   assert done.returncode == 0 and done.stdout == "went on\n"
+
+
+def test_the_end_is_noted_and_does_not_wait_for_a_note_that_hangs():
+  done = run("time.sleep(600)", """
+watch._NOTE_SECONDS = 0.5
+def note(text):
+  print(text, flush=True)
+  time.sleep(600)
+with watch.noted(note), watch.phase("step", "sft: update 3"): stuck_here()
+""", step_seconds=0.5)
+  assert done.returncode == 6
+  assert done.stdout.startswith("error[run.hangs]: process 0 hangs")
+  assert done.stdout.strip() in done.stderr

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from mcpo_jax import commit, errors, hosts, settings
+from mcpo_jax import commit, errors, hosts, settings, watch
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint",
              "transformers", "tokenizers", "numpy")
@@ -33,15 +33,20 @@ def record(workdir: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def errors_told(workdir: pathlib.Path) -> Iterator[None]:
-  """Goes round the stages; an error is noted, and goes on its way."""
-  try:
-    yield
-  except Exception as e:
+  """Goes round the stages; an error is noted, and goes on its way. So is that
+  a run hangs."""
+
+  def note(error):
     with contextlib.suppress(errors.ResourceError):  # the disk may have failed
-      _add(workdir, {"time": time.time(), "error": settings.redact(
-          str(e) if isinstance(e, errors.McpoError)
-          else f"{type(e).__name__}: {e}")})
-    raise
+      _add(workdir, {"time": time.time(), "error": settings.redact(error)})
+
+  with watch.noted(note):
+    try:
+      yield
+    except Exception as e:
+      note(str(e) if isinstance(e, errors.McpoError)
+           else f"{type(e).__name__}: {e}")
+      raise
 
 
 def _add(workdir: pathlib.Path, line: dict[str, Any]) -> None:
