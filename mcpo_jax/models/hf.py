@@ -293,17 +293,19 @@ def _by_rows(
       fill(out[..., :last - first, :], number * block + first)
     return out
 
-  def turn(x):  # of one device
-    x = jax.lax.all_gather(x, rest, axis=x.ndim - 2, tiled=True)
-    x = jax.lax.all_to_all(x, other, x.ndim - 1, x.ndim - 2, tiled=True)
-    x = x[..., :block, :]
-    return x.swapaxes(-1, -2) if transposed else x
+  def turn(x):  # one tensor on one device
+    x = jax.lax.all_gather(x, rest, tiled=True)
+    x = jax.lax.all_to_all(x, other, 1, 0, tiled=True)[:block]
+    return x.T if transposed else x
+
+  def turn_all(x):  # one after the other, for the memory of one
+    return jax.lax.map(turn, x) if lead else turn(x)
 
   split = P(*[None] * len(lead), (*own, *other, *rest), None)
   stored = jax.make_array_from_callback(
       (*lead, blocks * padded, columns), NamedSharding(mesh, split), read)
   return jax.jit(
-      jax.shard_map(turn, mesh=mesh, in_specs=split, out_specs=placed.spec,
+      jax.shard_map(turn_all, mesh=mesh, in_specs=split, out_specs=placed.spec,
                     check_vma=False), out_shardings=placed)(stored)
 
 
