@@ -595,7 +595,8 @@ def main() -> int:
     copies = queue.SimpleQueue()
     for i in range(args.jobs):
       copies.put(copy_tree(pathlib.Path(folder) / str(i)))
-    caught = run_tests(pathlib.Path(folder) / "0", {m.test_id for m in chosen})
+    caught = run_tests(
+        pathlib.Path(folder) / "0", sorted({m.test_id for m in chosen}))
     if caught:
       raise SystemExit(f"fails without any mutant: {caught}")
 
@@ -605,7 +606,7 @@ def main() -> int:
       text = path.read_text()
       try:
         path.write_text(mutate(mutant, text))
-        caught = run_tests(copy, {mutant.test_id})
+        caught = run_tests(copy, [mutant.test_id])
       finally:
         path.write_text(text)
         copies.put(copy)
@@ -648,22 +649,35 @@ def copy_tree(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def run_tests(folder: pathlib.Path, test_ids: set[str]) -> str | None:
+def run_tests(
+    folder: pathlib.Path, test_ids: list[str], *, any_end: bool = False
+) -> str | None:
   """The first test that fails, None if all pass.
+
+  Args:
+    folder: a copy of the tree.
+    test_ids: of pytest, in the order in which they run.
+    any_end: whether that pytest cannot run them, or not within ten minutes, is
+      a failure too.
 
   Raises:
     SystemExit: pytest could not run them.
   """
   # A file that changes twice a second may keep its size: no bytecode.
   env = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder)}
-  done = subprocess.run(
-      [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-       *sorted(test_ids)],
-      cwd=folder, env=env, capture_output=True, text=True)
+  command = [sys.executable, "-m", "pytest", "-q", "-x", "-p",
+             "no:cacheprovider", *test_ids]
+  try:
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True,
+                          text=True, timeout=600 if any_end else None)
+  except subprocess.TimeoutExpired:
+    return "it hangs"
   if done.returncode == 0:
     return None
   failed = re.search(r"^(?:FAILED|ERROR) tests/(.+?)(?: - .*)?$", done.stdout,
                      re.MULTILINE)
+  if any_end:
+    return failed[1] if failed else f"pytest ends with {done.returncode}"
   if done.returncode != 1 or not failed:
     raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
   return failed[1]

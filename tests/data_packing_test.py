@@ -320,6 +320,8 @@ def test_set_batch_holds_metadata_by_slot():
 
 
 def test_more_candidates_than_slots_are_refused():
+  make = lambda num_slots: packing.make_set_batch(
+      [make_set(0)], [0], num_slots=num_slots, order=[[0, 1, 2, 3]])
+  assert make(4).candidate_mask.all()
   with pytest.raises(errors.ConfigError):
-    packing.make_set_batch(
-        [make_set(0)], [0], num_slots=3, order=[[0, 1, 2, 3]])
+    make(3)

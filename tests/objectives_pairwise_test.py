@@ -537,3 +537,7 @@ def test_mirror_po_does_not_move_what_is_too_unlikely(x64):
   logps, sets = pair_batch((-30.0, -3.0), (-31.0, -4.0))
   _, grad, _ = CASES["mirror_tsallis"].run(logps, sets)
   assert grad[0, 0] == 0.0 and grad[0, 1] > 0.0
+  # It counts as 1e-8, where g is -1e4: -1 against the reference's -9999.
+  logps, sets = pair_batch((-30.0, -3.0), (-2 * np.log(9999.0), -3.0))
+  losses, _, _ = _mirror_case("tsallis", beta=LOG3).run(logps, sets)
+  assert losses[0] == pytest.approx(np.log(4.0), abs=1e-8)
