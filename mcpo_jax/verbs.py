@@ -29,7 +29,8 @@ def train(
   Returns:
     What they add to summary.json.
   """
-  setup.check_sources(config)
+  if not (workdir / "launches.jsonl").exists():  # where an error is noted
+    setup.check_sources(config)
   sampling.check_reward(config)  # missed now if missing, not hours later
   run = setup.open_run(config, workdir, profile=profile)
   stages = {"sft": sft_stage.run_sft,
@@ -39,6 +40,7 @@ def train(
             "export": export_stage.run_export}
   summary = {}
   with launches.errors_told(workdir):
+    setup.check_sources(config)
     pools.check_data(run)
     writer = metrics.Writer(workdir, tensorboard=config["log"]["tensorboard"],
                             wandb=config["log"]["wandb"],
