@@ -58,10 +58,12 @@ longest prompts and completions, so it is an upper bound.
 TAIL = """## What is sent
 
 Of two slices the gradients are added up between them, 1.1 GiB a chunk; the rest
-stays inside a slice. tpu7x: the score function holds 10.42 of 94.75 GiB
-(quick); at the train function libtpu 0.0.42.1 ended the process with a failed
-check of its own (offload_collective_strategies.cc:316), with --quick; without
-it, it was not tried.
+stays inside a slice.
+
+tpu7x: libtpu 0.0.42.1, the one that jax 0.10.2 asks for, ends the process at the
+train function with a failed check of its own (offload_collective_strategies.cc).
+A newer one, in a folder of its own, compiles it:
+`pip install --no-deps --target=DIR libtpu==0.0.45`, then `PYTHONPATH=DIR`.
 
 FSDP gathers every weight for the forward pass and again for the backward pass,
 and scatters the gradients: three times the weights' bytes. The TPU compiler
@@ -89,7 +91,8 @@ def run(name: str, quick: bool = False) -> dict:
          *(f"--config.{text}" for text in (
              f"model.path={folder}", *COMMON, *overrides))],
         cwd=ROOT, env=os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join(
+                filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "JAX_EXEC_TIME_OPTIMIZATION_EFFORT": "-1.0" if quick else "0.0"},
         text=True, stdout=subprocess.PIPE)
     print(told.stdout, flush=True)
