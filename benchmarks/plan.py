@@ -60,10 +60,11 @@ TAIL = """## What is sent
 Of two slices the gradients are added up between them, 1.1 GiB a chunk; the rest
 stays inside a slice.
 
-tpu7x: libtpu 0.0.42.1, the one that jax 0.10.2 asks for, ends the process at the
-train function with a failed check of its own (offload_collective_strategies.cc).
-A newer one, in a folder of its own, compiles it:
-`pip install --no-deps --target=DIR libtpu==0.0.45`, then `PYTHONPATH=DIR`.
+tpu7x: libtpu 0.0.42.1, the one that jax 0.10.2 asks for, ends the process at
+the train function with a failed check of its own
+(offload_collective_strategies.cc). A newer one, in a folder of its own,
+compiles it: `pip install --no-deps --target=DIR libtpu==0.0.45`, then
+`PYTHONPATH=DIR`.
 
 FSDP gathers every weight for the forward pass and again for the backward pass,
 and scatters the gradients: three times the weights' bytes. The TPU compiler
