@@ -82,7 +82,7 @@ source_target_pairs={{0,1},{1,2},{2,3},{3,0}}
   %i = u32[] get-tuple-element(%carry), index=1
   %m = u32[]{:T(128)} constant(8)
   ROOT %lt = pred[] compare(%i, %m), direction=LT
-}
+}, execution_thread="of another unit"
 
 %twice_a_turn (carry: (f32[8,4], u32[])) -> (f32[8,4], u32[]) {
   %two = u32[] constant(2)

@@ -17,6 +17,8 @@ _KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all",
           "ragged-all-to-all", "collective-permute")
 _BITS = {"pred": 8, "bf16": 16, "f16": 16}  # others end with their bits
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
+# Of another unit "}, execution_thread="; "}}, metadata=" ends an attribute.
+_END = re.compile(r"^\}(,|\s*$)")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _OPERATION = re.compile(r"(?:^|[\s)}])([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+\w*)\[([\d,]*)\]")
@@ -124,7 +126,7 @@ def _split(text: str) -> tuple[dict[str, list[str]], str]:
       if head and not line.startswith("HloModule"):
         lines = computations[head[2]] = []
         entry = head[2] if head[1] else entry
-    elif line.rstrip() == "}":  # "}}, metadata=..." ends an attribute
+    elif _END.match(line):
       lines = None
     elif _INSTRUCTION.match(line):
       lines.append(line)
