@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-from mcpo_jax import errors
+from mcpo_jax import errors, storage
 from mcpo_jax.config_keys import PROJECTIONS, STAGES
 from mcpo_jax.settings.values import parse_models, parse_sources
 
@@ -138,7 +138,7 @@ def check_texts(config) -> list[errors.McpoError]:
         "config.type", "not a date", where="tokenizer.date",
         got=tokenizer["date"], want="YYYY-MM-DD"))
   path = config["reference"]["path"]
-  if path is not None and "://" not in path and _is_local(path) and (
+  if path is not None and not storage.is_url(path) and _is_local(path) and (
       not os.path.isdir(path)):
     found.append(errors.ConfigError(
         "config.reference", "no such folder", where="reference.path", got=path))
@@ -210,7 +210,7 @@ def resolve_lora(config) -> list[errors.McpoError]:
       refuse("config.missing", "adapters to random weights are of no use",
              "model.path", "a folder, a hub name, or the stage sft")
   if path is not None:
-    if "://" not in path and not os.path.isdir(path):
+    if not storage.is_url(path) and not os.path.isdir(path):
       refuse("config.missing", "no such folder", "model.adapter_path",
              "a folder in PEFT's format", path)
     if not model["path"]:
