@@ -198,6 +198,25 @@ def digest(tree: Any) -> str:
   return out.hexdigest()
 
 
+# An exit code can be read once, and a start reads those of all processes: of
+# two threads that read at once, one would be told 255.
+_EXIT_CODES = threading.Lock()
+
+
+def started(process):
+  """The process, which now runs."""
+  with _EXIT_CODES:
+    process.start()
+  return process
+
+
+def ended(process, seconds: float | None = None) -> int | None:
+  """Its exit code; None where it still runs after so many seconds."""
+  multiprocessing.connection.wait([process.sentinel], seconds)
+  with _EXIT_CODES:
+    return process.exitcode
+
+
 # --- one life: attempts on one workdir until the run ends ---------------------
 
 
@@ -259,10 +278,9 @@ class Phases:
     began = time.monotonic()
     if life != "start":
       self._serve(life)
-    process = self._start(life, 0, None, verb, *flags, jumps=jumps)
-    process.join()
+    code = ended(self._start(life, 0, None, verb, *flags, jumps=jumps))
     self._stop_server()
-    if process.exitcode:
+    if code:
       raise SystemExit(f"{self.name} does not run by itself:\n"
                        + self._said(life)[-3000:])
     return time.monotonic() - began
@@ -295,7 +313,7 @@ class Phases:
   def _stop_server(self) -> None:
     if self._server is not None:
       self._server.kill()
-      self._server.join()
+      ended(self._server)
       self._server = None
 
   def _process(self, life: str, records: str, kill: Kill | None,
@@ -314,34 +332,31 @@ class Phases:
     process = self._context.Process(target=attempt, args=(
         [word.format(**places) for word in argv], environment, folder / "log",
         folder / records, jumps, self.pause))
-    process.start()
-    return process
+    return started(process)
 
   def _attempt(self, life: str, number: int, kill: Kill | None):
-    """One attempt under a kill: its process, which has ended, and whether the
-    kill has happened."""
+    """One attempt under a kill: the exit code, and whether the kill has
+    happened."""
     of_server = self.phase.served and kill is not None and (
         kill.point or "").startswith("gen.")
     self._serve(life, kill if of_server else None)
     process = self._start(life, number, None if of_server else kill)
     if of_server:
-      ended = multiprocessing.connection.wait(
+      ready = multiprocessing.connection.wait(
           [process.sentinel, self._server.sentinel])
-      if self._server.sentinel not in ended:
-        process.join()
-        return process, False
-      self._server.join()
-      if self._server.exitcode != -signal.SIGKILL:
-        self.problems.append(f"{self.name}: the server ended with "
-                             f"{self._server.exitcode}")
+      if self._server.sentinel not in ready:
+        return ended(process), False
+      code = ended(self._server)
+      if code != -signal.SIGKILL:
+        self.problems.append(f"{self.name}: the server ended with {code}")
       self._server = None
       self._serve(life)
-    process.join(kill.seconds if kill and (of_server or not kill.point)
-                 else None)
-    if process.exitcode is None:
+    code = ended(process, kill.seconds if kill and (
+        of_server or not kill.point) else None)
+    if code is None:
       process.kill()
-      process.join()
-    return process, of_server or process.exitcode == -signal.SIGKILL
+      code = ended(process)
+    return code, of_server or code == -signal.SIGKILL
 
   def _said(self, life: str) -> str:
     return (self.folder / life / "log").read_text(errors="replace")
@@ -362,7 +377,7 @@ class Phases:
     verified: dict[str, int] = {}
     for number, kill in enumerate([*kills, None]):
       began = time.monotonic()
-      process, happened = self._attempt(life, number, kill)
+      code, happened = self._attempt(life, number, kill)
       rows = self._rows(life, number)
       self._compare(rows, f"{life}, attempt {number}")
       if pending is not None:
@@ -375,14 +390,14 @@ class Phases:
       done = {(row["stage"], row["step"]) for row in rows}
       if happened:
         pending = Outcome(self.name, kill.point or "random", None, False, 0, 0)
-      if process.exitcode == 0:
+      if code == 0:
         if pending:  # a server's death that the run has outlived
           outcomes.append(pending)
         missed = kills[number + happened:]
         break
-      if process.exitcode != -signal.SIGKILL:
+      if code != -signal.SIGKILL:
         self.problems.append(
-            f"{self.name} ends with {process.exitcode}: "
+            f"{self.name} ends with {code}: "
             + self._said(life).strip().splitlines()[-1])
         break
       now = verified_steps(workdir)

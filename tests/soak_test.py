@@ -22,6 +22,21 @@ def test_killed_runs_are_those_that_were_left_alone(tmp_path):
       r"\| all \| 1[5-9] \| 1[2-6] \| 3 \| [1-9]\d* \| 0 \|", text), text
 
 
+def test_exit_codes_are_those_of_the_processes_however_many_threads_ask():
+  done = subprocess.run([sys.executable, "-c", """
+import concurrent.futures, multiprocessing, os, soak
+fork = multiprocessing.get_context("forkserver").Process
+def lane(number):
+  return {soak.ended(soak.started(fork(target=os._exit, args=(number,))))
+          for _ in range(60)}
+if __name__ == "__main__":
+  with concurrent.futures.ThreadPoolExecutor(3) as pool:
+    print(*pool.map(lane, (3, 4, 5)))
+"""], cwd=run_cases.ROOT / "benchmarks", check=True, capture_output=True,
+      text=True, env=os.environ | {"PYTHONPATH": str(run_cases.ROOT)})
+  assert done.stdout == "{3} {4} {5}\n"
+
+
 def test_every_point_of_the_package_is_one_where_a_phase_can_be_killed():
   known = subprocess.run(  # by itself: it sets the environment
       [sys.executable, "-c",
