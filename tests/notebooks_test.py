@@ -4,7 +4,10 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -43,6 +46,11 @@ def _printed(notebook, name: str = "stdout") -> list[str]:
                   if out.get("name") == name) for cell in notebook.cells]
 
 
+def _first_cell(path: pathlib.Path) -> str:
+  return next(cell.source for cell in nbformat.read(path, 4).cells
+              if cell.cell_type == "code")
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_ships_bare_and_says_how_long_it_takes(path):
   notebook = nbformat.read(path, 4)
@@ -51,7 +59,40 @@ def test_a_notebook_ships_bare_and_says_how_long_it_takes(path):
   assert not any(cell.outputs or cell.execution_count for cell in code)
   first = notebook.cells[0].source
   assert re.search(r"\d+ s of CPU time", first) and "Colab" in first
-  assert '"google.colab" in sys.modules' in code[0].source
+  install = lambda path: _first_cell(path).partition("\n\nimport ")[0]
+  assert '"google.colab" in sys.modules' in install(path)
+  assert install(path) == install(NOTEBOOKS[0])
+
+
+def test_on_colab_the_first_cell_installs_a_clone(tmp_path):
+  """With Colab's module, its folder elsewhere and a python that only tells
+  what it was asked."""
+  source, content = tmp_path / "source", tmp_path / "content"
+  for name in ("mcpo_jax", "configs"):
+    shutil.copytree(run_cases.ROOT / name, source / name)
+  git = ["git", "-C", str(source), "-c", "user.name=a", "-c", "user.email=b"]
+  for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+    subprocess.run([*git, *words], check=True)
+  content.mkdir()
+  python = tmp_path / "python"
+  python.write_text(f"#!/bin/sh\necho \"$@\" >> '{tmp_path}/asked'\n")
+  python.chmod(0o755)
+  code = _first_cell(NOTEBOOKS[0]).replace("/content", str(content))
+  told = ("import sys, unittest.mock as mock;"
+          "sys.modules['google.colab'] = mock.MagicMock();"
+          f"sys.executable = {str(python)!r}\n{code}")
+  run = lambda text: subprocess.run(
+      [sys.executable, "-c", text + "\nprint(mcpo_jax.__file__)"],
+      cwd=content, text=True, capture_output=True)
+  assert "the address of your copy" in run(told).stderr
+  told = re.sub("https:.*OWNER/mcpo_jax", str(source), told)
+  for _ in range(2):  # all cells once more
+    done = run(told)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{content}/mcpo_jax/mcpo_jax/__init__.py\n"
+  asked = (tmp_path / "asked").read_text().splitlines()
+  assert len(asked) == 2
+  assert asked[0].startswith(f"-m pip install --quiet {content}/mcpo_jax")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
