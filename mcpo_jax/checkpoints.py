@@ -16,23 +16,20 @@ what commits, and to restore a process fetches what its devices read.
 
 import contextlib
 import hashlib
-import itertools
 import json
 import logging as std_logging
-import math
 import pathlib
 import re
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from mcpo_jax import commit, errors, faults, hosts, storage
+from mcpo_jax import chunks, commit, errors, faults, hosts, storage
 
 # Its import gives the root logger a handler, which is the user's to do.
 _handlers = std_logging.root.handlers[:]
@@ -41,42 +38,12 @@ import orbax.checkpoint as ocp  # noqa: E402
 std_logging.root.handlers[:] = _handlers
 
 TIMEOUT_SECONDS = 1800.0
-_ITEM = "default"  # orbax's folder of the arrays
 _NEWEST = "newest.json"  # the last step that was committed here
 _METADATA = re.compile(
     r"(_METADATA|_CHECKPOINT_METADATA|_sharding|\.zarray|commit_success\.txt|"
     r"process_\d+)$")
-_CHUNK = re.compile(rf"{_ITEM}/(.+)/(\d+(?:\.\d+)*)")  # array, place in it
-_BLOCK = 4096  # of a file system
-
-
-def leaves_of(tree: Any) -> dict[str, Any]:
-  """Name -> leaf, by the names that orbax gives their folders."""
-
-  def word(key):
-    for name in ("name", "key", "idx"):
-      if hasattr(key, name):
-        return str(getattr(key, name))
-    raise TypeError(f"no name: {key!r}")
-
-  return {".".join(map(word, path)): leaf for path, leaf in
-          jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def size_of(tree: Any) -> int:
-  """Bytes that a checkpoint of arrays, or of their shapes, has on this
-  process's disk."""
-  total = 16 * _BLOCK  # orbax's own files and the manifest
-  for leaf in jax.tree.leaves(tree):
-    pieces = own = 1
-    if getattr(leaf, "sharding", None) is not None:
-      places = leaf.sharding.devices_indices_map(leaf.shape)
-      pieces = own = len(set(map(str, places.values())))
-      if hosts.apart():
-        own = len({str(places[d]) for d in leaf.sharding.addressable_devices})
-    size = math.ceil(math.prod(leaf.shape) * leaf.dtype.itemsize / pieces)
-    total += own * math.ceil(size / _BLOCK) * _BLOCK + 2 * _BLOCK
-  return total
+# A chunk's array, and its place in it.
+_CHUNK = re.compile(rf"{chunks.ITEM}/(.+)/(\d+(?:\.\d+)*)")
 
 
 class _Save:
@@ -84,34 +51,16 @@ class _Save:
 
   def __init__(self, step, meta, state, timeout):
     self.step, self.meta = step, meta
-    self.size = size_of(state)
+    self.size = chunks.size_of(state)
     self.leaves = {
         name: {"shape": list(leaf.shape), "dtype": leaf.dtype.name}
-        for name, leaf in leaves_of(state).items()}
+        for name, leaf in chunks.leaves_of(state).items()}
     # What this process holds, on the host: (start, array) of each shard.
-    self.shards = _host_shards(state)
+    self.shards = chunks.host_shards(state)
     self.deadline = time.monotonic() + timeout
     self.phase = "writing arrays"
     self.error: BaseException | None = None
     self.thread: threading.Thread | None = None
-
-
-def _host_shards(state: Any) -> dict[str, list[tuple[tuple, np.ndarray]]]:
-  """Name -> (where it begins, values) of each shard that no other process or
-  device holds too; with disks apart of each that this one holds, for orbax has
-  replicas written in parts by all that hold them. It takes such copies too."""
-  shards = {
-      name: {_start(s.index): s for s in leaf.addressable_shards
-             if s.replica_id == 0 or hosts.apart()}
-      for name, leaf in leaves_of(state).items()}
-  for shard in (s for own in shards.values() for s in own.values()):
-    shard.data.copy_to_host_async()
-  return {name: [(start, np.asarray(s.data)) for start, s in own.items()]
-          for name, own in shards.items()}
-
-
-def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
-  return tuple(cut.start or 0 for cut in index)
 
 
 class Checkpointer:
@@ -203,12 +152,12 @@ class Checkpointer:
       count = self._keep + 1 + best  # one is being written
       there = sum(p.stat().st_size for p in self._folder.rglob("*")
                   if p.is_file())
-      want = max(0, count * size_of(state) - there)
+      want = max(0, count * chunks.size_of(state) - there)
       free = commit.free_bytes(self._folder)
       if free < want:
         raise errors.ResourceError(
             "ckpt.disk_full", f"the disk does not hold {count} checkpoints of "
-            f"{size_of(state)} bytes", where=str(self._folder),
+            f"{chunks.size_of(state)} bytes", where=str(self._folder),
             got=f"{free} bytes free", want=f"{want} bytes",
             hint="free some space, or lower checkpoint.keep")
 
@@ -301,7 +250,7 @@ class Checkpointer:
         files = {name: entry for part in told for name, entry in part.items()}
         rest = commit.hash_files(
             folder, [n for n in commit.files_of(folder) if n not in files])
-        _check_whole(folder, files, save.leaves)
+        chunks.check_whole(folder, files, save.leaves)
         commit.write_manifest(
             folder, save.meta, files=dict(sorted((files | rest).items())),
             leaves=save.leaves, point="ckpt")
@@ -339,7 +288,7 @@ class Checkpointer:
       if name.split(".")[0] not in self._finite:
         continue
       for _, array in shards:
-        if not _is_finite(array):
+        if not chunks.is_finite(array):
           raise errors.NonFiniteError(
               "ckpt.non_finite", "a weight is NaN or infinite, and is not "
               "saved", where=f"{self._step_folder(save.step)}: {name}")
@@ -353,10 +302,10 @@ class Checkpointer:
     """
     wanted = {}
     for name, shards in save.shards.items():
-      for chunk, array in _pieces(folder / _ITEM / name, shards):
-        if hosts.apart() and not (folder / _ITEM / name / chunk).exists():
+      for chunk, array in chunks.pieces(folder / chunks.ITEM / name, shards):
+        if hosts.apart() and not (folder / chunks.ITEM / name / chunk).exists():
           continue
-        wanted[f"{_ITEM}/{name}/{chunk}"] = hashlib.sha256(
+        wanted[f"{chunks.ITEM}/{name}/{chunk}"] = hashlib.sha256(
             np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
     entries = commit.hash_files(folder, wanted)
     for name, entry in entries.items():
@@ -473,13 +422,13 @@ class Checkpointer:
     try:
       folder.mkdir(exist_ok=True)
       files = storage.get_manifest(url, folder)["files"]
-      leaves = leaves_of(abstract_state)
+      leaves = chunks.leaves_of(abstract_state)
       data = {name: _CHUNK.fullmatch(name) for name in files}
       wanted = {n: entry for n, entry in files.items() if not data[n]}
       storage.get_files(url, folder, wanted)
-      needed = {name: _needed(folder / _ITEM / name, leaf)
+      needed = {name: chunks.needed(folder / chunks.ITEM / name, leaf)
                 for name, leaf in leaves.items()
-                if f"{_ITEM}/{name}/.zarray" in files}
+                if f"{chunks.ITEM}/{name}/.zarray" in files}
       wanted |= {n: files[n] for n, found in data.items()
                  if found and found[2] in needed.get(found[1], ())}
       storage.get_files(url, folder, wanted)
@@ -533,7 +482,8 @@ class Checkpointer:
       self._agree(self._bring(step, abstract_state))
     else:
       self._hold(step)
-    self._check_tree(folder, abstract_state)
+    chunks.check_tree(
+        commit.read_manifest(folder)["leaves"], abstract_state, folder)
     state, problem = None, None
     try:
       state = self._manager.restore(step, args=ocp.args.PyTreeRestore(
@@ -587,39 +537,12 @@ class Checkpointer:
           got=sorted(found), want=step)
     return None
 
-  def _check_tree(self, folder: pathlib.Path, abstract_state: Any) -> None:
-    saved = commit.read_manifest(folder)["leaves"]
-    wanted = leaves_of(abstract_state)
-    optimizer = lambda names: all(n.startswith("opt_state.") for n in names)
-    lines = [
-        f"{n}: saved {saved.get(n, {}).get('shape')}, wanted "
-        f"{list(wanted[n].shape) if n in wanted else None}"
-        for n in sorted(saved.keys() | wanted.keys())
-        if n not in saved or n not in wanted
-        or saved[n]["shape"] != list(wanted[n].shape)]
-    if lines:
-      only = optimizer(line.split(":")[0] for line in lines)
-      raise errors.CheckpointError(
-          "ckpt.optimizer" if only else "ckpt.tree",
-          "the checkpoint is of another optimizer" if only
-          else "the checkpoint holds other arrays", where=str(folder),
-          got="; ".join(lines[:20]) + (
-              f"; and {len(lines) - 20} more" if len(lines) > 20 else ""),
-          hint="use the config that it was saved with, or a fresh --workdir")
-    other = [f"{n}: saved {saved[n]['dtype']}, wanted {leaf.dtype.name}"
-             for n, leaf in sorted(wanted.items())
-             if saved[n]["dtype"] != leaf.dtype.name]
-    if other:
-      raise errors.CheckpointError(
-          "ckpt.dtype", "the checkpoint is of other dtypes, and is not cast",
-          where=str(folder), got="; ".join(other[:20]),
-          hint="use the config that it was saved with, or a fresh --workdir")
-
   def _value_problem(self, step: int, state: Any) -> errors.McpoError | None:
-    leaves, where = leaves_of(state), self._step_folder(step)
+    leaves, where = chunks.leaves_of(state), self._step_folder(step)
     for name, leaf in leaves.items():
       if name.split(".")[0] in self._finite and not all(
-          _is_finite(np.asarray(s.data)) for s in leaf.addressable_shards):
+          chunks.is_finite(np.asarray(s.data))
+          for s in leaf.addressable_shards):
         return errors.NonFiniteError(
             "ckpt.non_finite", "a weight is NaN or infinite",
             where=f"{where}: {name}")
@@ -658,7 +581,7 @@ def read_params(folder: pathlib.Path, step: int, shapes: Any) -> Any:
   hosts.from_first("a checkpoint", lambda: commit.verify(place))
   wanted = {"params": shapes}
   restored = ocp.PyTreeCheckpointer().restore(
-      place / "default", args=ocp.args.PyTreeRestore(
+      place / chunks.ITEM, args=ocp.args.PyTreeRestore(
           wanted, partial_restore=True,
           restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)))
   return restored["params"]
@@ -668,61 +591,3 @@ def _part() -> tuple[int, int]:
   return hosts.index(), hosts.count()
 
 
-def _is_finite(array: np.ndarray) -> bool:
-  return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
-
-
-def _pieces(
-    folder: pathlib.Path, shards: list[tuple[tuple, np.ndarray]]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """(file name, values) of the chunks of an array that lie in one shard."""
-  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
-  for start, array in shards:
-    counts = [n // size for n, size in zip(array.shape, sizes)]
-    if any(n % size for n, size in zip(
-        (*start, *array.shape), (*sizes, *sizes))):
-      continue
-    for index in np.ndindex(*counts):
-      cut = tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, sizes))
-      name = ".".join(str(first // n + i)
-                      for first, n, i in zip(start, sizes, index))
-      yield name or "0", array[cut]
-
-
-def _needed(folder: pathlib.Path, leaf: Any) -> set[str]:
-  """File names of the chunks of an array that this process's devices read.
-
-  Args:
-    folder: of the array, with orbax's `.zarray`.
-    leaf: the array that is asked for, or its shape, with a sharding.
-  """
-  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
-  names = set()
-  for index in leaf.sharding.addressable_devices_indices_map(
-      leaf.shape).values():
-    bounds = [cut.indices(n) for cut, n in zip(index, leaf.shape)]
-    spans = [range(first // size, -(-end // size))
-             for (first, end, _), size in zip(bounds, sizes)]
-    names |= {".".join(map(str, at)) or "0"
-              for at in itertools.product(*spans)}
-  return names
-
-
-def _check_whole(
-    folder: pathlib.Path, files: dict[str, Any], leaves: dict[str, Any]
-) -> None:
-  """A chunk that is not there would read as zeros.
-
-  Raises:
-    CheckpointError: ckpt.incomplete, no process has written it.
-  """
-  for name, leaf in leaves.items():
-    sizes = json.loads(
-        (folder / _ITEM / name / ".zarray").read_text())["chunks"]
-    counts = [math.ceil(n / size) for n, size in zip(leaf["shape"], sizes)]
-    for at in np.ndindex(*counts):
-      chunk = f"{_ITEM}/{name}/" + (".".join(map(str, at)) or "0")
-      if chunk not in files and not (folder / chunk).exists():
-        raise errors.CheckpointError(
-            "ckpt.incomplete", "no process has written a piece of an array",
-            where=str(folder / chunk))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import small_disk
 
-from mcpo_jax import checkpoints, commit, errors, faults
+from mcpo_jax import checkpoints, chunks, commit, errors, faults
 
 SHARDING = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
@@ -252,7 +252,7 @@ def test_room_on_the_disk_is_predicted_within_a_tenth(tmp_path):
   keeper.save(1, many, {})
   keeper.close()
   taken = sum(512 * p.stat().st_blocks for p in (tmp_path / "1").rglob("*"))
-  assert abs(checkpoints.size_of(many) / taken - 1) < 0.1
+  assert abs(chunks.size_of(many) / taken - 1) < 0.1
 
 
 def test_a_disk_that_holds_a_few_steps_but_not_all_is_refused_at_start(
@@ -284,7 +284,7 @@ def test_a_disk_that_is_full_stops_at_that_step_and_goes_on_with_room(tmp_path):
         poll_until_done(keeper)
     assert step == 3 and keeper.steps() == [1, 2]
     assert caught.value.slug == "ckpt.disk_full"
-    assert str(checkpoints.size_of(big(0))) in caught.value.want
+    assert str(chunks.size_of(big(0))) in caught.value.want
     for good in (1, 2):
       commit.verify(disk / "steps" / str(good))
     keeper.close()

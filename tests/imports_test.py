@@ -12,7 +12,7 @@ FLOORS = [
     {"types", "errors", "commit", "faults", "registry", "config_keys",
      "config_file", "settings", "user_code", "objective_names", "devices",
      "hosts", "memory", "preempt", "watch", "patience",
-     "storage"},
+     "storage", "chunks"},
     {"objectives", "kernels"},
     {"sharding"},
     {"data", "models"},

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fsspec.implementations import memory
 
-from mcpo_jax import checkpoints, commit, errors, faults, hosts, storage
+from mcpo_jax import checkpoints, chunks, commit, errors, faults, hosts, storage
 from mcpo_jax.stages import export
 from mcpo_jax.training import setup
 
@@ -320,7 +320,7 @@ def test_a_process_asks_for_the_chunks_that_its_devices_read(tmp_path, spec):
         addressable_devices_indices_map=lambda shape, own=own: own))
     read = np.unique(np.concatenate([numbers[i].ravel() for i in own.values()]))
     want = {f"{n // 24 // sizes[0]}.{n % 24 // sizes[1]}" for n in read}
-    assert checkpoints._needed(tmp_path, leaf) == want
+    assert chunks.needed(tmp_path, leaf) == want
 
 
 def test_a_fresh_workdir_takes_the_run_on_and_another_run_is_refused(bucket):
