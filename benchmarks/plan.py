@@ -57,8 +57,8 @@ longest prompts and completions, so it is an upper bound.
 
 TAIL = """## What is sent
 
-Of two slices the gradients are added up between them, 1.1 GiB a chunk; the rest
-stays inside a slice.
+Of two slices the gradients are added up between them, 1.1 GiB a chunk (counted
+with the compiler's least effort); the rest stays inside a slice.
 
 tpu7x: libtpu 0.0.42.1, the one that jax 0.10.2 asks for, ends the process at
 the train function with a failed check of its own

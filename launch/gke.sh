@@ -35,11 +35,14 @@ apiVersion: jobset.x-k8s.io/v1alpha2
 kind: JobSet
 metadata:
   name: $(quote "$NAME")
+  annotations:  # a slice for each job, and its pods on no other
+    alpha.jobset.sigs.k8s.io/exclusive-topology: cloud.google.com/gke-nodepool
 spec:
   failurePolicy:
     maxRestarts: 100
     rules:
-    - action: FailJobSet
+    - name: ends_for_good
+      action: FailJobSet
       onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
   - name: workers

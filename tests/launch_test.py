@@ -149,7 +149,11 @@ def test_a_jobset_runs_the_same_line_on_every_host(claim):
               WORKDIR="/runs/a run", TPU="tpu-v5-lite-podslice",
               TOPOLOGY="4x4", HOSTS="4", SLICES="2")
   assert done.returncode == 0, done.stderr
-  job = yaml.safe_load(done.stdout)["spec"]["replicatedJobs"][0]
+  jobs = yaml.safe_load(done.stdout)
+  assert jobs["metadata"]["annotations"] == {
+      "alpha.jobset.sigs.k8s.io/exclusive-topology":
+          "cloud.google.com/gke-nodepool"}
+  job = jobs["spec"]["replicatedJobs"][0]
   assert job["replicas"] == 2
   job = job["template"]["spec"]
   assert job["parallelism"] == job["completions"] == 4
