@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_at_the_next_step_and_the_old_steps_stay(
 def test_a_save_that_hangs_is_given_up_and_names_its_phase(
     tmp_path, monkeypatch):
   save_some(tmp_path, steps=(1,))
-  fault(monkeypatch, "ckpt.manifest:sleep=2")
+  fault(monkeypatch, "ckpt.manifest:sleep=60")
   keeper = keeper_of(tmp_path, timeout=0.5)
   keeper.save(2, state(2), {})
   began = time.monotonic()
@@ -231,7 +231,7 @@ def test_a_save_that_hangs_is_given_up_and_names_its_phase(
   assert caught.value.slug == "ckpt.timeout"
   assert "committing" in str(caught.value)
   keeper.close()  # does not wait for it
-  assert time.monotonic() - began < 1.9
+  assert time.monotonic() - began < 30
 
 
 def test_a_save_waits_for_the_one_before(tmp_path, monkeypatch):

