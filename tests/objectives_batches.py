@@ -1,9 +1,13 @@
 """Ragged random batches for the tests of objectives and kernels."""
 
+import functools
+
 import hypothesis
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from mcpo_jax.types import SetBatch
+from mcpo_jax.types import Features, SetBatch
 
 # Of an invariance; a case takes some milliseconds.
 MANY = hypothesis.settings(deadline=None, database=None, max_examples=200)
@@ -61,3 +65,20 @@ def take_rows(logps, sets, rows):
       if isinstance(field, dict) else field[rows]
       for field in sets
   ])
+
+
+@functools.cache
+def jitted(loss_fn, **settings):
+  """(logps, batch) -> (losses, gradient of their sum, aux); the state stays."""
+
+  @jax.jit
+  def run(logps, batch):
+    def total(logps):
+      losses, aux, state = loss_fn(Features(logps), batch, "state", **settings)
+      assert state == "state"
+      return jnp.sum(losses), (losses, aux)
+
+    (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(logps)
+    return losses, grad, aux
+
+  return run

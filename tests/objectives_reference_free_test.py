@@ -1,6 +1,5 @@
 """Reference-free losses: a float64 oracle, identities, ugly inputs."""
 
-import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -122,26 +121,10 @@ def _batch(seed):
   return -np.abs(logps) - 0.1, sets._replace(anchors={})
 
 
-@functools.cache
-def _jitted(loss_fn, **settings):
-
-  @jax.jit
-  def run(logps, batch):
-    def total(logps):
-      losses, aux, state = loss_fn(Features(logps), batch, "state", **settings)
-      assert state == "state"
-      return jnp.sum(losses), (losses, aux)
-
-    (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(logps)
-    return losses, grad, aux
-
-  return run
-
-
 def _run(name, logps, batch, **settings):
   """(losses, gradient, aux); `settings` replace those of the case."""
   loss_fn, _, usual = CASES[name]
-  run = _jitted(loss_fn, **(usual | settings))
+  run = batches.jitted(loss_fn, **(usual | settings))
   return jax.tree.map(np.asarray, run(logps, batch))
 
 

@@ -1,6 +1,5 @@
 """Losses of several rounds: a float64 oracle, identities, ugly inputs."""
 
-import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -96,26 +95,10 @@ def _batch(seed):
   )
 
 
-@functools.cache
-def _jitted(loss_fn, **settings):
-
-  @jax.jit
-  def run(logps, batch):
-    def total(logps):
-      losses, aux, state = loss_fn(Features(logps), batch, "state", **settings)
-      assert state == "state"
-      return jnp.sum(losses), (losses, aux)
-
-    (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(logps)
-    return losses, grad, aux
-
-  return run
-
-
 def _run(name, logps, batch, **settings):
   """(losses, gradient, aux); `settings` replace those of the case."""
   loss_fn, _, usual = CASES[name]
-  run = _jitted(loss_fn, **(usual | settings))
+  run = batches.jitted(loss_fn, **(usual | settings))
   return jax.tree.map(np.asarray, run(logps, batch))
 
 
@@ -174,15 +157,15 @@ def test_by_hand(x64, name, want, settings):
 def test_in_the_first_round_they_are_losses_against_the_reference(x64):
   logps, sets = _batch(1)
   sets = sets._replace(anchors=sets.anchors | {"prev": sets.anchors["ref"]})
-  dpo = _jitted(pairwise.dpo_loss, beta=BETA)(logps, sets)
-  ipo = _jitted(pairwise.ipo_loss, beta=BETA, length_average=False)
+  dpo = batches.jitted(pairwise.dpo_loss, beta=BETA)(logps, sets)
+  ipo = batches.jitted(pairwise.ipo_loss, beta=BETA, length_average=False)
   _assert_equal(_run("spin", logps, sets), dpo)
   _assert_equal(_run("inpo", logps, sets), ipo(logps, sets))
 
 
 def test_inpo_goes_from_the_round_before_to_the_reference(x64):
   logps, sets = _batch(2)
-  ipo = _jitted(pairwise.ipo_loss, beta=BETA, length_average=False)
+  ipo = batches.jitted(pairwise.ipo_loss, beta=BETA, length_average=False)
   _assert_equal(_run("inpo", logps, sets, ratio=1.0), ipo(logps, sets))
   prev = sets._replace(anchors=sets.anchors | {"ref": sets.anchors["prev"]})
   _assert_equal(_run("inpo", logps, sets, ratio=0.0), ipo(logps, prev))
