@@ -59,9 +59,8 @@ def test_a_notebook_ships_bare_and_says_how_long_it_takes(path):
   assert not any(cell.outputs or cell.execution_count for cell in code)
   first = notebook.cells[0].source
   assert re.search(r"\d+ s of CPU time", first) and "Colab" in first
-  install = lambda path: _first_cell(path).partition("\n\nimport ")[0]
-  assert '"google.colab" in sys.modules' in install(path)
-  assert install(path) == install(NOTEBOOKS[0])
+  assert '"google.colab" in sys.modules' in code[0].source
+  assert code[0].source == _first_cell(NOTEBOOKS[0])
 
 
 def test_on_colab_the_first_cell_installs_a_clone(tmp_path):
@@ -82,7 +81,8 @@ def test_on_colab_the_first_cell_installs_a_clone(tmp_path):
           "sys.modules['google.colab'] = mock.MagicMock();"
           f"sys.executable = {str(python)!r}\n{code}")
   run = lambda text: subprocess.run(
-      [sys.executable, "-c", text + "\nprint(mcpo_jax.__file__)"],
+      [sys.executable, "-c", f"{text}\nimport mcpo_jax\n"
+       "print(mcpo_jax.__file__)"],
       cwd=content, text=True, capture_output=True)
   assert "the address of your copy" in run(told).stderr
   told = re.sub("https:.*OWNER/mcpo_jax", str(source), told)
