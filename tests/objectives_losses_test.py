@@ -1,6 +1,5 @@
 """Every loss against a float64 oracle, its identities and its ugly inputs."""
 
-import functools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -139,27 +138,12 @@ SHIFT_FREE = ["rnce", "cd", "cd_out", "dpo", "cdpo", "ipo"]
 P_0 = 0.3
 
 
-@functools.cache
-def _jitted(name):
-  loss_fn, _, settings = CASES[name]
-
-  @jax.jit
-  def run(logps, batch):
-    def total(logps):
-      losses, aux, state = loss_fn(Features(logps), batch, "state", **settings)
-      assert state == "state"
-      return jnp.sum(losses), (losses, aux)
-
-    (_, (losses, aux)), grad = jax.value_and_grad(total, has_aux=True)(logps)
-    return losses, grad, aux
-
-  return run
-
-
 def _run(name, logps, batch):
+  loss_fn, _, settings = CASES[name]
   anchors = batch.anchors | {"preferred_weight": np.full(logps.shape, P_0)}
-  out = _jitted(name)(logps, batch._replace(anchors=anchors))
-  return jax.tree.map(np.asarray, out)
+  run = batches.jitted(loss_fn, **settings)
+  return jax.tree.map(
+      np.asarray, run(logps, batch._replace(anchors=anchors)))
 
 
 @pytest.mark.parametrize("name", CASES)
