@@ -42,8 +42,6 @@ _NEWEST = "newest.json"  # the last step that was committed here
 _METADATA = re.compile(
     r"(_METADATA|_CHECKPOINT_METADATA|_sharding|\.zarray|commit_success\.txt|"
     r"process_\d+)$")
-# A chunk's array, and its place in it.
-_CHUNK = re.compile(rf"{chunks.ITEM}/(.+)/(\d+(?:\.\d+)*)")
 
 
 class _Save:
@@ -423,7 +421,7 @@ class Checkpointer:
       folder.mkdir(exist_ok=True)
       files = storage.get_manifest(url, folder)["files"]
       leaves = chunks.leaves_of(abstract_state)
-      data = {name: _CHUNK.fullmatch(name) for name in files}
+      data = {name: chunks.NAME.fullmatch(name) for name in files}
       wanted = {n: entry for n, entry in files.items() if not data[n]}
       storage.get_files(url, folder, wanted)
       needed = {name: chunks.needed(folder / chunks.ITEM / name, leaf)
@@ -589,5 +587,3 @@ def read_params(folder: pathlib.Path, step: int, shapes: Any) -> Any:
 
 def _part() -> tuple[int, int]:
   return hosts.index(), hosts.count()
-
-

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,8 @@ import numpy as np
 from mcpo_jax import errors, hosts
 
 ITEM = "default"  # the folder of the arrays in that of a step
+# In that of a step: the array, the chunk's place in it.
+NAME = re.compile(rf"{ITEM}/(.+)/(\d+(?:\.\d+)*)")
 _BLOCK = 4096  # of a file system
 
 
@@ -67,7 +70,13 @@ def _start(index: tuple[slice, ...]) -> tuple[int, ...]:
   return tuple(cut.start or 0 for cut in index)
 
 
+def _sizes(folder: pathlib.Path) -> list[int]:
+  """The shape of an array's chunks, of its folder."""
+  return json.loads((folder / ".zarray").read_text())["chunks"]
+
+
 def is_finite(array: np.ndarray) -> bool:
+  """Whether it has no NaN or infinity; integers and booleans have none."""
   return array.dtype.kind in "iub" or bool(np.isfinite(array).all())
 
 
@@ -75,7 +84,7 @@ def pieces(
     folder: pathlib.Path, shards: list[tuple[tuple, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
   """(file name, values) of the chunks of an array that lie in one shard."""
-  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
+  sizes = _sizes(folder)
   for start, array in shards:
     counts = [n // size for n, size in zip(array.shape, sizes)]
     if any(n % size for n, size in zip(
@@ -95,7 +104,7 @@ def needed(folder: pathlib.Path, leaf: Any) -> set[str]:
     folder: of the array, with orbax's `.zarray`.
     leaf: the array that is asked for, or its shape, with a sharding.
   """
-  sizes = json.loads((folder / ".zarray").read_text())["chunks"]
+  sizes = _sizes(folder)
   names = set()
   for index in leaf.sharding.addressable_devices_indices_map(
       leaf.shape).values():
@@ -116,8 +125,7 @@ def check_whole(
     CheckpointError: ckpt.incomplete, no process has written it.
   """
   for name, leaf in leaves.items():
-    sizes = json.loads(
-        (folder / ITEM / name / ".zarray").read_text())["chunks"]
+    sizes = _sizes(folder / ITEM / name)
     counts = [math.ceil(n / size) for n, size in zip(leaf["shape"], sizes)]
     for at in np.ndindex(*counts):
       chunk = f"{ITEM}/{name}/" + (".".join(map(str, at)) or "0")
