@@ -1,6 +1,5 @@
 """Packing: whom a token sees, what fits where, roles and ties."""
 
-
 import time
 
 import numpy as np
