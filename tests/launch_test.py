@@ -157,6 +157,11 @@ def test_a_jobset_runs_the_same_line_on_every_host(claim):
   assert job["replicas"] == 2
   job = job["template"]["spec"]
   assert job["parallelism"] == job["completions"] == 4
+  # What these end with would end so again: mistakes, and a loss not finite.
+  assert jobs["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
+  rule = job["podFailurePolicy"]["rules"][0]
+  assert (rule["action"], rule["onExitCodes"]["values"]) == (
+      "FailJob", [2, 3, 4, 5, 8])
   (container,) = job["template"]["spec"]["containers"]
   assert container["args"] == flags
   given = {one["name"]: one["value"] for one in container["env"]}
@@ -174,6 +179,7 @@ def test_the_image_holds_what_its_script_needs():
           if line.startswith("!")}
   copied = [name for line in text.split("\n") if line.startswith("COPY ")
             for name in line.split()[1:-1]]
+  assert {"mcpo_jax", "configs", "launch", "requirements.txt"} <= {*copied}
   for name in copied:
     assert (ROOT / name).exists() and name.split("/")[0] in kept
   entry = re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]

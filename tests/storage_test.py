@@ -323,6 +323,21 @@ def test_a_process_asks_for_the_chunks_that_its_devices_read(tmp_path, spec):
     assert chunks.needed(tmp_path, leaf) == want
 
 
+def test_a_shard_is_the_chunks_that_lie_whole_in_it(tmp_path):
+  (tmp_path / ".zarray").write_text('{"chunks": [2, 3]}')
+  array = np.arange(8 * 6).reshape(8, 6)
+  shards = [((2, 0), array[2:6, :3]), ((6, 3), array[6:, 3:]),
+            ((1, 3), array[1:3, 3:])]  # the last one cuts two chunks
+  found = list(chunks.pieces(tmp_path, shards))
+  assert [name for name, _ in found] == ["1.0", "2.0", "3.1"]
+  for (_, got), (row, column) in zip(found, ((2, 0), (4, 0), (6, 3))):
+    np.testing.assert_array_equal(
+        got, array[row:row + 2, column:column + 3])
+  (tmp_path / ".zarray").write_text('{"chunks": []}')
+  ((name, got),) = chunks.pieces(tmp_path, [((), np.float32(7))])
+  assert (name, got) == ("0", 7)
+
+
 def test_a_fresh_workdir_takes_the_run_on_and_another_run_is_refused(bucket):
   claim = lambda run, fresh: storage.claim(
       "bucket://runs/one", run, fresh=fresh)
